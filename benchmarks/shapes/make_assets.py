@@ -1,0 +1,242 @@
+"""Makes the networks of the shapes benchmark that are not distilled: the autoencoder, and the CLIP model.
+
+    python benchmarks/shapes/make_assets.py clip          # CLIP on rendered scenes: text encoder and evaluator
+    python benchmarks/shapes/make_assets.py autoencoder   # AutoencoderKL, factor 8, 4 latent channels
+    python benchmarks/shapes/make_assets.py assemble      # the teacher's folder with a UNet of random weights
+
+Each command writes a checkpoint every few hundred steps under --work and, started again, goes on from it. The teacher
+itself is trained by `stepdistill train recipes/shapes/teacher.yaml`; `gates.py` measures all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPImageProcessor
+
+from stepdistill.data import shapes
+
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_TOKENS = 24  # the longest caption has 21 words
+TEXT_WIDTH = 128
+SEED = 20260101
+CLIP_DATA_SEED, VAE_DATA_SEED = 11, 12  # the teacher's recipe and the benchmark use others
+FORMS_FIRST = 1500  # autoencoder steps before the objects get more weight
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Byte-pair encoding learnt on captions until every word is one token; spelling falls back to letters."""
+    captions = [scene.caption for scene, _ in zip(shapes.captioned_scenes(CLIP_DATA_SEED), range(4000), strict=False)]
+    bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=600, min_frequency=1, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False,
+    ))  # fmt: skip
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    words = sorted(model["vocab"], key=model["vocab"].get)
+    words += [letter + "</w>" for letter in letters if letter + "</w>" not in model["vocab"]]
+    vocab = {word: index for index, word in enumerate([*words, START, END])}
+    tokenizer = CLIPTokenizer(
+        vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, bos_token=START, eos_token=END, unk_token=END,
+        pad_token=END,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """A CLIP with 64 image patches of 8 pixels and the small vocabulary."""
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=MAX_TOKENS, projection_dim=64,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=64,
+        patch_size=8, projection_dim=64,
+    )  # fmt: skip
+    return CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
+
+
+def autoencoder() -> AutoencoderKL:
+    """Factor 8, 4 latent channels; narrow at full resolution, where the cost is."""
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8,
+        sample_size=shapes.IMAGE_SIZE,
+    )  # fmt: skip
+
+
+def unet() -> UNet2DConditionModel:
+    """The teacher's network: cross-attention at 8x8, 4x4 and in the middle."""
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(96, 160), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4, norm_num_groups=16,
+    )  # fmt: skip
+
+
+def batch(seed: int, start: int, count: int, keep: float = 0.7) -> tuple[torch.Tensor, list[str]]:
+    """`count` scenes from `start` on => images (B, 3, 64, 64) in [-1, 1], captions."""
+    scenes = [shapes.captioned_scene(seed, start + i, keep=keep) for i in range(count)]
+    return shapes.to_tensor([shapes.render(s.scene) for s in scenes]), [s.caption for s in scenes]
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 100 steps, then a half cosine to 1 % of the peak."""
+    return peak * min(1.0, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
+
+
+def fit(
+    model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int, peak: float, work: Path
+) -> None:
+    """Adam with the schedule above, a resumable checkpoint every 250 steps and a line of log every 50."""
+    work.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+    names = [name for name, _ in model.named_parameters()]
+    checkpoint, first = work / "checkpoint.safetensors", 0
+    if checkpoint.exists():
+        state = load_file(checkpoint)
+        first = int(state.pop("step"))
+        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+        moments = {i: {m: state[f"{m}.{n}"] for m in ("exp_avg", "exp_avg_sq")} for i, n in enumerate(names)}
+        for moment in moments.values():
+            moment["step"] = torch.tensor(float(first))
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    began = time.monotonic()
+    for step in range(first, steps):
+        torch.manual_seed(SEED + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            pace = (time.monotonic() - began) / (step - first + 1)
+            print(f"step {step}/{steps} loss {loss.item():.5f} {pace:.3f} s/step", flush=True)
+            with (work / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            state = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
+            for parameter, name in zip(model.parameters(), names, strict=True):
+                for m in ("exp_avg", "exp_avg_sq"):
+                    state[f"{m}.{name}"] = optimizer.state[parameter][m].contiguous()
+            state["step"] = torch.tensor(step + 1)
+            save_file(state, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
+
+
+def make_clip(work: Path, output: Path, steps: int) -> None:
+    """Contrastive training; half of the captions name everything, so that fine distinctions are asked for."""
+    tokenizer = train_tokenizer(output / "clip")
+    torch.manual_seed(SEED)
+    model = CLIPModel(clip_config(tokenizer)).train()
+    count = 192
+
+    def loss_of(step: int) -> torch.Tensor:
+        images, captions = batch(CLIP_DATA_SEED, step * count, count, keep=0.7 if step % 2 else 1.0)
+        tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
+        return model(pixel_values=images, input_ids=tokens.input_ids, return_loss=True).loss
+
+    fit(model, loss_of, steps=steps, peak=1e-3, work=work / "clip")
+    model.eval().half().save_pretrained(output / "clip")
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+    processor.save_pretrained(output / "clip")
+
+
+def foreground(images: torch.Tensor) -> torch.Tensor:
+    """Where the objects are: (B, 3, H, W) => (B, 1, H, W) of 0 and 1. The top left pixel is always background."""
+    return ((images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
+
+
+def make_autoencoder(work: Path, output: Path, steps: int) -> None:
+    """Squared and absolute error with a light Kullback-Leibler term; latents are then normalised per channel."""
+    torch.manual_seed(SEED)
+    model = autoencoder().to(memory_format=torch.channels_last).train()
+    count = 16
+
+    def loss_of(step: int) -> torch.Tensor:
+        images, _ = batch(VAE_DATA_SEED, step * count, count)
+        posterior = model.encode(images).latent_dist
+        difference = model.decode(posterior.sample()).sample - images
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        # Objects cover a tenth of the pixels, and their colours come last: once the forms are there, they count more.
+        weight = 1 + 5 * foreground(images) if step >= FORMS_FIRST else torch.ones_like(images)
+        return (weight * (difference.square() + 0.1 * difference.abs())).mean() + 2e-4 * kl
+
+    fit(model, loss_of, steps=steps, peak=2e-3, work=work / "autoencoder")
+    model.eval()
+    normalise_latents(model)
+    model.half().save_pretrained(output / "autoencoder")
+
+
+@torch.no_grad()
+def normalise_latents(model: AutoencoderKL, count: int = 2000) -> None:
+    """Gives every latent channel mean 0 and variance 1 by folding the affine map into the two 1x1 convolutions.
+
+    StableDiffusionPipeline knows one scaling factor and no shift, so the weights must carry the rest.
+    """
+    latents = torch.cat([model.encode(batch(VAE_DATA_SEED + 1, i, 100)[0]).latent_dist.mean
+                         for i in range(0, count, 100)])  # fmt: skip
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    zeros = torch.zeros_like(mean)
+    scale, shift = torch.cat([1 / std, torch.ones_like(std)]), torch.cat([-mean / std, -2 * std.log()])
+    model.quant_conv.weight.mul_(scale[:, None, None, None])
+    model.quant_conv.bias.mul_(scale).add_(shift)
+    model.post_quant_conv.bias.add_(model.post_quant_conv.weight[:, :, 0, 0] @ (mean + zeros))
+    model.post_quant_conv.weight.mul_(std[None, :, None, None])
+    model.register_to_config(scaling_factor=1.0)
+
+
+def assemble(output: Path) -> None:
+    """Puts the parts together as a StableDiffusionPipeline whose UNet is still untrained."""
+    clip, tokenizer = CLIPModel.from_pretrained(output / "clip"), CLIPTokenizer.from_pretrained(output / "clip")
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict(clip.text_model.state_dict(), strict=False)
+    torch.manual_seed(SEED)
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(output / "autoencoder"), text_encoder=text_encoder, tokenizer=tokenizer,
+        unet=unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).to(torch.float16).save_pretrained(output / "untrained")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("clip", "autoencoder", "assemble"))
+    parser.add_argument("--output", type=Path, default=ROOT / "runs/shapes-assets")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/shapes-assets/work")
+    parser.add_argument("--steps", type=int, help="default: 900 (clip), 4500 (autoencoder)")
+    args = parser.parse_args()
+    if args.part == "clip":
+        make_clip(args.work, args.output, args.steps or 900)
+    elif args.part == "autoencoder":
+        make_autoencoder(args.work, args.output, args.steps or 4500)
+    else:
+        assemble(args.output)
+
+
+if __name__ == "__main__":
+    main()

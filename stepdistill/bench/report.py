@@ -1,0 +1,216 @@
+"""What a benchmark found, as a value: JSON for programs, Markdown and a terminal table for people."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepdistill.bench.prompts import ORDINARY_COUNT
+from stepdistill.errors import UserError
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Column => heading, how a value is written. Columns not named here are written as they come.
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "model": ("model", "{}"),
+    "nfe": ("NFE", "{:g}"),
+    "images": ("images", "{:,}"),
+    "fid": ("FID", "{:.3g}"),
+    "kid": ("KID", "{:.3g}"),
+    "clip_score": ("CLIP score", "{:.1f}"),
+    "caption_accuracy": ("caption accuracy", "{:.1%}"),
+    "images_all_correct": ("all correct", "{:.1%}"),
+    "diversity": ("diversity", "{:.2f}"),
+    "ms_per_image": ("ms / image", "{:.3g}"),
+    "train_seconds": ("training, s", "{:,.0f}"),
+    "peak_gib": ("peak GiB", "{:.2f}"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's results; None where a figure does not apply.
+
+    `nfe`: network calls per image. `caption_accuracy`, `images_all_correct`: shares in [0, 1]. `diversity`: relative
+    to real data. `peak_gib`: accelerator memory while making images.
+    """
+
+    model: str
+    nfe: float | None = None
+    images: int | None = None
+    fid: float | None = None
+    kid: float | None = None
+    clip_score: float | None = None
+    caption_accuracy: float | None = None
+    images_all_correct: float | None = None
+    diversity: float | None = None
+    ms_per_image: float | None = None
+    train_seconds: float | None = None
+    peak_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results with everything needed to get them again."""
+
+    name: str
+    date: str
+    device: str
+    versions: Mapping[str, str]
+    seeds: Mapping[str, int]
+    recipe_sha256: str | None
+    protocol: Mapping[str, Any]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        """JSON text with the fields' names as keys."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "report") -> Report:
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: if the text is no report; `source` says in the error where it came from.
+        """
+        try:
+            data = json.loads(text)
+            return cls(**{**data, "rows": tuple(Row(**row) for row in data["rows"])})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{source} is not a benchmark report ({error}); run `stepdistill bench` again") from error
+
+    def to_markdown(self) -> str:
+        """The table, the conditions it was measured under, and what to know when reading it."""
+        rows = [asdict(row) for row in self.rows]
+        seeds = ", ".join(f"{key} {value}" for key, value in self.seeds.items())
+        versions = ", ".join(f"{key} {value}" for key, value in self.versions.items())
+        lines = [f"# {self.name}", "", markdown_table(rows), "", *(f"- {note}" for note in self._notes()), ""]
+        lines += [f"Measured {self.date} on {self.device}; seeds: {seeds}; {versions}."]
+        if self.recipe_sha256 is not None:
+            lines.append(f"Recipe sha256 {self.recipe_sha256}.")
+        return "\n".join(lines) + "\n"
+
+    def _notes(self) -> list[str]:
+        notes = [
+            "NFE counts network calls per image; a doubled batch, as guidance needs, counts twice.",
+            "ms / image covers the denoiser and the decoder, after a warm-up batch; text encoding is left out.",
+        ]
+        counts = sorted({row.images for row in self.rows if row.images is not None and row.fid is not None})
+        if counts and counts[0] < ORDINARY_COUNT:
+            notes.append(
+                f"Warning: FID grows as images get fewer, and {counts[0]:,} are fewer than {ORDINARY_COUNT:,}. These "
+                "values compare with each other, not with FIDs of other numbers of images. KID has no such bias."
+            )
+        real = self.protocol.get("real")
+        if real:
+            texts = [f"{COLUMNS[key][0]} {_written(key, value)}" for key, value in real.items()]
+            notes.append(f"Real scenes for the same prompts, as many as each model makes, have {', '.join(texts)}.")
+        return notes
+
+    def to_table(self) -> Table:
+        """The rows as a rich table for the terminal."""
+        from rich.table import Table
+        from rich.text import Text
+
+        rows = [asdict(row) for row in self.rows]
+        columns = used_columns(rows)
+        table = Table(title=self.name)
+        for number, heading in enumerate(_headings(rows, columns)):
+            table.add_column(heading, justify="right" if number else "left")
+        for row in rows:
+            # As Text, for brackets in a model's name would be read as markup.
+            table.add_row(*(Text(_written(column, row[column])) for column in columns))
+        return table
+
+
+def save_report(report: Report, folder: Path) -> None:
+    """Writes report.json and report.md into `folder`, each aside first and then renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("report.json", report.to_json()), ("report.md", report.to_markdown())):
+        fresh = folder / f".{name}.new"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(folder / name)
+
+
+def load_report(path: Path) -> Report:
+    """Reads a report.json, or the one in a folder.
+
+    Raises:
+        UserError: if there is none, or it is broken.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"report {path} cannot be read ({error}); run `stepdistill bench` to make one") from error
+    return Report.from_json(text, source=str(path))
+
+
+def used_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns with a value in some row, in order of `COLUMNS`; others follow as they come."""
+    present = [key for row in rows for key, value in row.items() if value is not None]
+    known = [column for column in COLUMNS if column in present]
+    return known + [key for key in dict.fromkeys(present) if key not in COLUMNS]
+
+
+def _headings(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    return [fid_name(rows) if column == "fid" else COLUMNS.get(column, (column, ""))[0] for column in columns]
+
+
+def fid_name(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The heading FID, or FID-N if some value is of N < 2,048 images, where its bias matters."""
+    counts = {row["images"] for row in rows if row.get("fid") is not None and row.get("images") is not None}
+    if not counts or min(counts) >= ORDINARY_COUNT:
+        return "FID"
+    return f"FID-{min(counts)}" if len(counts) == 1 else "FID-N (N: images)"
+
+
+def _written(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if column in COLUMNS:
+        return COLUMNS[column][1].format(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows => a Markdown table of the columns that have any value; text to the left, numbers to the right."""
+    columns = used_columns(rows)
+    numeric = [all(not isinstance(row.get(c), str) for row in rows) for c in columns]
+    lines = [_headings(rows, columns), ["---:" if n else "---" for n in numeric]]
+    lines += [[_written(column, row.get(column)).replace("|", "\\|") for column in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions that results depend on."""
+    names = ("stepdistill", "torch", "diffusers", "transformers", "peft")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is on the path but not installed
+            versions[name] = "not installed"
+    return versions
+
+
+def device_name(device: str) -> str:
+    """The device in words: the accelerator's name, or the CPU with its number of threads."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def today() -> str:
+    """The date in UTC, as 2026-01-31."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -1,0 +1,1 @@
+"""What a run learns from: prompts, images, encoded prompts, and the bundled scenes."""

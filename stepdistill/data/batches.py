@@ -1,0 +1,69 @@
+"""Micro-batches by stream, in an order that is a function of the seed and of how many were drawn before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from stepdistill.condition import Condition
+from stepdistill.data.cache import Conditions
+from stepdistill.data.latents import Latents
+from stepdistill.data.prompts import PromptSet, epoch_indices
+from stepdistill.errors import UserError
+from stepdistill.families.base import ModelFamily
+from stepdistill.objectives.base import Batch
+
+
+@dataclass
+class Batches:
+    """Draws micro-batches; its whole state is one counter per stream.
+
+    Attributes:
+        family: encodes what is not cached.
+        prompts: the captions of the prompts stream.
+        conditions: their encodings.
+        latents: the images stream, or None where the recipe has no images.
+        seed: of the run.
+        rank: number of this process; processes draw disjoint samples.
+        num_processes: how many there are.
+        size: pixel size of the images, None for the teacher's own.
+        drawn: micro-batches drawn so far, by stream.
+    """
+
+    family: ModelFamily
+    prompts: PromptSet
+    conditions: Conditions
+    latents: Latents | None
+    seed: int
+    rank: int = 0
+    num_processes: int = 1
+    size: int | None = None
+    drawn: dict[str, int] = field(default_factory=dict)
+
+    def next(self, stream: str, count: int) -> Batch:
+        """The next micro-batch of `count` samples of "prompts" or "images"."""
+        number = self.drawn.get(stream, 0)
+        self.drawn[stream] = number + 1
+        start = (number * self.num_processes + self.rank) * count
+        if stream == "images":
+            return self._images(start, count)
+        indices = epoch_indices(self.seed, start, count, len(self.prompts))
+        return self._batch(self.conditions.conditions(indices), None)
+
+    def restore(self, drawn: Mapping[str, int]) -> None:
+        """Goes on after a checkpoint."""
+        self.drawn = dict(drawn)
+
+    def _images(self, start: int, count: int) -> Batch:
+        if self.latents is None:
+            raise UserError('this objective learns from images: set data.images to "shapes" or to a folder')
+        latents, captions = self.latents.batch(self.seed, start, count)
+        return self._batch(self.family.encode_prompts(captions), latents.float())
+
+    def _batch(self, condition: Condition, latents: Tensor | None) -> Batch:
+        device = self.family.device
+        shape = self.family.latent_shape(self.size)
+        null = self.family.null_condition(len(condition))
+        return Batch(condition.to(device), null, shape, device, latents)

@@ -1,0 +1,145 @@
+"""What the toolkit must know about one Diffusers architecture, and nothing about any method."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.condition import Condition
+from stepdistill.denoiser import Denoiser, OwnWeights, Weights
+from stepdistill.errors import UserError
+from stepdistill.schedule import from_scheduler_config
+
+
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class ModelFamily(ABC):
+    """One loaded teacher: the stock pipeline and what is special about its architecture.
+
+    Args:
+        pipeline: the stock pipeline as loaded.
+        path: the folder or hub id that it came from.
+
+    Attributes:
+        name: the family's name in `stepdistill list`.
+        pipeline_class: the stock pipeline class it serves.
+        network_component: which component denoises, "unet" or "transformer".
+        lora_targets: layers that get a LoRA unless a recipe names others.
+        supports_lora_loading: whether the stock pipeline has `load_lora_weights`.
+    """
+
+    name: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    network_component: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+    supports_lora_loading: ClassVar[bool] = True
+
+    def __init__(self, pipeline: Any, path: str) -> None:
+        self.pipeline = pipeline
+        self.path = path
+        self.schedule, self.kind = from_scheduler_config(pipeline.scheduler.config)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+
+    def network(self) -> nn.Module:
+        """The teacher's denoising network, frozen."""
+        network: nn.Module = self.pipeline.components[self.network_component]
+        return network
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher lives."""
+        return next(self.network().parameters()).device
+
+    def plain_network(self) -> nn.Module:
+        """A fresh network of the teacher's shape, on the teacher's device, to be filled with a state."""
+        network = self.network()
+        fresh: nn.Module = type(network).from_config(network.config)  # type: ignore[attr-defined]
+        return fresh.to(self.device, next(network.parameters()).dtype).requires_grad_(False).eval()
+
+    def denoiser(self, weights: Weights | None = None) -> Denoiser:
+        """A view of this architecture; without weights, of the teacher's own."""
+        return Denoiser(self.forward, weights or OwnWeights(self.network()), self.schedule, self.kind)
+
+    @abstractmethod
+    def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
+        """Calls a network of this architecture => native output of the shape of x_t, (B, C, H, W)."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Prompts => the condition exactly as the stock pipeline makes it."""
+
+    @abstractmethod
+    def null_condition(self, count: int) -> Condition:
+        """The unconditional half of the stock pipeline's guidance, `count` rows."""
+
+    @abstractmethod
+    def text_modules(self) -> dict[str, nn.Module]:
+        """The modules whose weights determine `encode_prompts`, by component name."""
+
+    def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
+        """(C, H, W) of the latent for square images of `size` pixels; None: the teacher's own size."""
+        config = self.network().config  # type: ignore[attr-defined]
+        side = int(config.sample_size) if size is None else size // self.vae_factor
+        return int(config.in_channels), side, side
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent pixel."""
+        return int(2 ** (len(self.pipeline.vae.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] => scaled latents, a draw from the posterior, as Stable Diffusion was trained."""
+        vae = self.pipeline.vae
+        latents: Tensor = vae.encode(images.to(self.device, vae.dtype)).latent_dist.sample()
+        return latents * vae.config.scaling_factor
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents => images (B, 3, H, W) in [0, 1]."""
+        vae = self.pipeline.vae
+        images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        return (images / 2 + 0.5).clamp(0, 1)
+
+
+def read_model_index(path: str) -> dict[str, Any]:
+    """The content of `model_index.json` of a Diffusers folder or hub id.
+
+    Raises:
+        UserError: there is none, or a component that it names has no folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.suffix or path.startswith((".", "/")) or path.count("/") > 1:
+            raise UserError(f"teacher: {path} is no folder; give a Diffusers folder or a hub id like 'owner/name'")
+        return _read_hub_index(path)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"teacher: {path} has no model_index.json, so it is not a Diffusers pipeline folder; "
+                        "save one with pipeline.save_pretrained(...)")  # fmt: skip
+    content: dict[str, Any] = json.loads(index.read_text())
+    for name, entry in content.items():
+        used = isinstance(entry, list) and entry[1] is not None
+        if used and name not in ("safety_checker", "feature_extractor") and not (folder / name).is_dir():
+            raise UserError(f"teacher: {path} lacks its component {name!r} ({entry[1]}), which model_index.json names; "
+                            f"copy the folder {name}/ there or save the pipeline again")  # fmt: skip
+    return content
+
+
+def _read_hub_index(path: str) -> dict[str, Any]:
+    from diffusers import DiffusionPipeline
+
+    try:
+        content: dict[str, Any] = DiffusionPipeline.load_config(path)
+    except OSError as error:
+        raise UserError(f"teacher: {path} is neither a local folder nor a reachable hub id "
+                        f"({str(error).splitlines()[0]})") from error  # fmt: skip
+    return content

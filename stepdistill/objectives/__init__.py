@@ -1,0 +1,44 @@
+"""The published methods, found by name, by Python path, or through the entry points of installed packages."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from stepdistill.errors import UserError
+
+
+# name in recipes => where it lives; an explicit table, so that nothing registers itself at import
+OBJECTIVES: dict[str, str] = {
+    "denoising": "stepdistill.objectives.denoising:Denoising",
+    "vsd": "stepdistill.objectives.vsd:VSD",
+    "dmd2": "stepdistill.objectives.dmd2:DMD2",
+}
+ENTRY_POINT_GROUP = "stepdistill.objectives"
+
+
+def known_objectives() -> dict[str, str]:
+    """All names that a recipe may use, with the place of each: ours and those of installed packages."""
+    installed = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    return {**installed, **OBJECTIVES}
+
+
+def resolve(name: str) -> type:
+    """An objective's class by its name in a recipe, or by "package.module:Class".
+
+    Raises:
+        UserError: nothing of that name; names the nearest one.
+    """
+    table = known_objectives()
+    place = table.get(name, name)
+    module, colon, attribute = place.partition(":")
+    if not colon:
+        near = get_close_matches(name, table, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(table))}"
+        raise UserError(f"unknown objective {name!r}; {hint} (or give 'package.module:Class')")
+    try:
+        found: type = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"objective {name!r} could not be imported: {error}") from error
+    return found

@@ -1,0 +1,64 @@
+"""Plain denoising: trains a diffusion model on images. Ho et al. 2020 (DDPM), eq. 14, for any parameterisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from stepdistill.losses import min_snr_weight, weighted_mse
+from stepdistill.objectives.base import Batch, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.prediction import Levels, add_noise, native_target
+from stepdistill.times import uniform_times
+
+
+if TYPE_CHECKING:
+    from stepdistill.cast import Cast
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Squared error of the network's native output at a uniform time, with prompt dropout.
+
+    Attributes:
+        min_snr_gamma: Min-SNR weighting (Hang et al. 2023); None leaves the native error unweighted.
+        condition_dropout: share of prompts replaced by the null condition, so that guidance can be used later.
+        t_min: lowest time, as a fraction of the schedule.
+        t_max: highest time.
+    """
+
+    min_snr_gamma: float | None = None
+    condition_dropout: float = 0.1
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def roles(self) -> Mapping[str, Role]:
+        return {"student": Trained()}
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return (Phase("student", ("student",), self.loss, stream="images"),)
+
+    def after_step(self, cast: Cast, step: int) -> None:
+        return None
+
+    def inference(self) -> InferenceSpec | None:
+        return None
+
+    def loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
+        """|network(x_t) - target|^2 on encoded images."""
+        student = cast.denoiser("student")
+        x0 = batch.latents
+        assert x0 is not None, "the images stream carries latents"
+        t = uniform_times(student.schedule, len(batch), low=self.t_min, high=self.t_max, device=batch.device)
+        eps = torch.randn_like(x0)
+        keep = torch.rand(len(batch), device=batch.device) >= self.condition_dropout
+        prediction = student(
+            add_noise(student.schedule, x0, t, eps), t, batch.condition.where(keep, batch.null)
+        )
+        levels = Levels.at(student.schedule, t, x0)
+        gamma = self.min_snr_gamma
+        weight = None if gamma is None else min_snr_weight(levels, student.kind, gamma)
+        target = native_target(student.kind, x0, eps, levels)
+        return Loss({"denoising": weighted_mse(prediction.native, target, weight)})

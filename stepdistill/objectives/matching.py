@@ -1,0 +1,55 @@
+"""What the distribution-matching objectives share: making samples, noising them, and training the critic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser import Denoiser
+from stepdistill.losses import weighted_mse
+from stepdistill.objectives.base import Batch, Step
+from stepdistill.prediction import Levels, add_noise, native_target
+from stepdistill.sampling import stochastic
+from stepdistill.times import grid, uniform_times
+
+
+def rollout(student: Denoiser, batch: Batch, timesteps: tuple[int, ...], step: Step) -> Tensor:
+    """A sample of the student as it will be used, (B, C, H, W): backward simulation, DMD2 (2405.14867) section 4.5.
+
+    One of the few steps is drawn (the same on every process, so that all do equal work); the steps before it run
+    without a graph, and only the drawn step's clean prediction carries a gradient.
+    """
+    times = grid(student.schedule, timesteps, batch.device)
+    last = step.shared("rollout").randrange(len(timesteps))
+    x = batch.noise()
+    if last > 0:
+        with torch.no_grad():
+            clean = stochastic(student, x, times[:last], batch.condition)
+        x = add_noise(student.schedule, clean, times[last].expand(len(x)), torch.randn_like(x))
+    return student(x, times[last].expand(len(x)), batch.condition).x0
+
+
+def renoise(denoiser: Denoiser, x0: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """x0 => (x_t, t) at fresh uniform times with fresh noise, outside of the graph."""
+    t = uniform_times(denoiser.schedule, len(x0), low=low, high=high, device=x0.device)
+    x0 = x0.detach()
+    return add_noise(denoiser.schedule, x0, t, torch.randn_like(x0)), t
+
+
+def critic_denoising(critic: Denoiser, x0: Tensor, batch: Batch, *, drop: Tensor | None, signal_weight: bool) -> Tensor:
+    """The critic's loss: denoising of the student's samples over the whole range of times, a scalar.
+
+    Args:
+        critic: trained on what the student makes.
+        x0: the student's samples, (B, C, H, W); detached here.
+        batch: their conditions.
+        drop: (B,) bool, which rows get the null condition; None: no row.
+        signal_weight: weight by alpha_t^2 as in SwiftBrush's code; False: the native error, as in DMD2's.
+    """
+    t = uniform_times(critic.schedule, len(x0), low=0.0, high=1.0, device=x0.device)
+    x0, eps = x0.detach(), torch.randn_like(x0)
+    condition = batch.condition if drop is None else batch.null.where(drop, batch.condition)
+    prediction = critic(add_noise(critic.schedule, x0, t, eps), t, condition)
+    levels = Levels.at(critic.schedule, t, x0)
+    weight = levels.alpha.flatten() ** 2 if signal_weight else None
+    return weighted_mse(prediction.native, native_target(critic.kind, x0, eps, levels), weight)

@@ -1,0 +1,79 @@
+"""Variational score distillation for one-step students, as SwiftBrush uses it.
+
+Nguyen and Tran 2023, "SwiftBrush", arXiv 2312.05239; the loss is ProlificDreamer's (arXiv 2305.16213).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from stepdistill.losses import pseudo_loss, vsd_direction
+from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.matching import critic_denoising, renoise, rollout
+
+
+if TYPE_CHECKING:
+    from stepdistill.cast import Cast
+
+
+@dataclass(frozen=True)
+class VSD:
+    """Moves the student's samples along sigma^2 (eps_teacher - eps_critic).
+
+    Attributes:
+        timesteps: where the student is called; SwiftBrush: once, at 999.
+        guidance: guidance scale of the teacher.
+        guide_critic: whether the critic is guided with the same scale, as SwiftBrush does. Then the *unguided* teacher
+            is a fixed point; without it the guided teacher is.
+        critic_updates: critic steps per student step (SwiftBrush: 1).
+        condition_dropout: probability that a whole batch trains the critic's null branch (SwiftBrush's code: 0.1).
+        t_min: lowest time of the student's loss, as a fraction (code: 0.02).
+        t_max: highest time of the student's loss (code: 0.98).
+    """
+
+    timesteps: tuple[int, ...] = (999,)
+    guidance: float = 4.5
+    guide_critic: bool = True
+    critic_updates: int = 1
+    condition_dropout: float = 0.1
+    t_min: float = 0.02
+    t_max: float = 0.98
+
+    def roles(self) -> Mapping[str, Role]:
+        return {"teacher": Frozen(), "critic": Trained(), "student": Trained()}
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return (
+            Phase("student", ("student",), self.student_loss),
+            Phase("critic", ("critic",), self.critic_loss, repeats=self.critic_updates),
+        )
+
+    def after_step(self, cast: Cast, step: int) -> None:
+        return None
+
+    def inference(self) -> InferenceSpec:
+        return InferenceSpec(self.timesteps)
+
+    def student_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
+        """SwiftBrush algorithm 1, the student's line."""
+        x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step)
+        teacher, critic = cast.denoiser("teacher"), cast.denoiser("critic")
+        x_t, t = renoise(teacher, x0, self.t_min, self.t_max)
+        with torch.no_grad():
+            real = teacher.guided(x_t, t, batch.condition, batch.null, self.guidance)
+            fake = critic.guided(x_t, t, batch.condition, batch.null, self.guidance if self.guide_critic else 1.0)
+        direction = vsd_direction(real.eps, fake.eps, real.levels)
+        return Loss({"matching": pseudo_loss(x0, direction)}, {"direction": direction.square().mean().sqrt()})
+
+    def critic_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
+        """SwiftBrush algorithm 1, the LoRA teacher's line; weighted by alpha_t^2 as in the released code."""
+        with torch.no_grad():
+            x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step)
+        dropped = step.shared("condition dropout").random() < self.condition_dropout
+        drop = torch.full((len(batch),), dropped, device=batch.device)
+        loss = critic_denoising(cast.denoiser("critic"), x0, batch, drop=drop, signal_weight=True)
+        return Loss({"critic": loss})

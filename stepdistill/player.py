@@ -1,0 +1,142 @@
+"""A player: one trained role's parameters with their optimiser, learning rate, moving average and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from stepdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class PlayerSettings:
+    """How a role learns.
+
+    Attributes:
+        optimizer: a class of torch.optim, or any optimiser class.
+        options: its keyword arguments.
+        schedule: a name of `diffusers.optimization.get_scheduler`.
+        warmup_steps: optimiser steps.
+        total_steps: optimiser steps of the stage, for schedules that end.
+        clip: largest norm of the role's gradient; None for no limit.
+        ema: decay of the moving average of the weights; None for none.
+    """
+
+    optimizer: type[torch.optim.Optimizer]
+    options: Mapping[str, Any]
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 1
+    clip: float | None = 1.0
+    ema: float | None = None
+
+
+class Player:
+    """Turns gradients into updates for one role.
+
+    Gradients are averaged over processes here, in one flattened reduction per step: a DistributedDataParallel wrapper
+    around a network that several roles share would leave some roles' gradients local to each process.
+
+    Args:
+        name: of the role.
+        parameters: by file name.
+        settings: how it learns.
+        accelerator: gives mixed precision and the process group.
+    """
+
+    def __init__(
+        self, name: str, parameters: Mapping[str, nn.Parameter], settings: PlayerSettings, accelerator: Accelerator
+    ) -> None:
+        self.name = name
+        self.parameters = dict(parameters)
+        self._settings, self._accelerator = settings, accelerator
+        values = list(self.parameters.values())
+        try:
+            optimizer = settings.optimizer(values, **settings.options)
+        except TypeError as error:
+            raise UserError(f"players.{name}.optimizer: {settings.optimizer.__name__} does not take these options: "
+                            f"{error}") from error  # fmt: skip
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self._scheduler: LRScheduler = get_scheduler(
+            settings.schedule, optimizer,
+            num_warmup_steps=settings.warmup_steps, num_training_steps=settings.total_steps,
+        )  # fmt: skip
+        self._ema = None if settings.ema is None else EMAModel(values, decay=settings.ema)
+        self.updates = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        return float(self._scheduler.get_last_lr()[0])
+
+    def step(self) -> float:
+        """One update from the gradients accumulated so far => the gradient's norm before clipping.
+
+        Raises:
+            UserError: a parameter got no gradient at all, so the objective does not train this role.
+        """
+        values = list(self.parameters.values())
+        if all(p.grad is None for p in values):
+            raise UserError(f"role {self.name!r} got no gradient: its phase's loss does not depend on its weights")
+        self._reduce(values)
+        self._accelerator.unscale_gradients(self.optimizer)
+        limit = float("inf") if self._settings.clip is None else self._settings.clip
+        norm = float(torch.nn.utils.clip_grad_norm_(values, limit))
+        self.optimizer.step()
+        skipped = self.optimizer.step_was_skipped
+        self.optimizer.zero_grad()
+        if not skipped:  # fp16: an overflow halves the loss scale and leaves the weights alone
+            self._scheduler.step()
+            self.updates += 1
+            if self._ema is not None:
+                self._ema.step(values)
+        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the role computes with its averaged weights, if it keeps any."""
+        if self._ema is None:
+            yield
+            return
+        values = list(self.parameters.values())
+        self._ema.store(values)
+        self._ema.copy_to(values)
+        try:
+            yield
+        finally:
+            self._ema.restore(values)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next update depends on besides the weights."""
+        return {
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "ema": None if self._ema is None else {"names": list(self.parameters), **self._ema.state_dict()},
+            "updates": self.updates,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state` returned."""
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        if self._ema is not None and state["ema"] is not None:
+            self._ema.load_state_dict({key: value for key, value in state["ema"].items() if key != "names"})
+            self._ema.to(device=self._accelerator.device)
+        self.updates = state["updates"]
+
+    def _reduce(self, values: list[nn.Parameter]) -> None:
+        if self._accelerator.num_processes == 1:
+            return
+        grads: list[Tensor] = [p.grad if p.grad is not None else torch.zeros_like(p) for p in values]
+        flat = self._accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
+        for parameter, part in zip(values, flat.split([g.numel() for g in grads]), strict=True):
+            parameter.grad = part.view_as(parameter)

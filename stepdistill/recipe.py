@@ -1,0 +1,396 @@
+"""A recipe: which teacher, which data, which objectives for how many steps, and what is to come out.
+
+    recipe.yaml => plain mapping => overrides => Recipe => resolved YAML in the run's folder
+
+The models below are the whole vocabulary of a recipe file and, at the same time, the Python API. They are strict: an
+unknown or ill-typed key is a :class:`~stepdistill.errors.UserError` of one line that names the file, the key and the
+nearest valid name. This module imports neither torch nor any network code, so that reading a recipe costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from stepdistill.errors import UserError
+from stepdistill.recipe_text import apply_override, closest, dump_yaml, explain, nearest, parse_yaml, to_json
+
+
+if TYPE_CHECKING:
+    from stepdistill.objectives.base import Objective
+
+
+def _number(value: Any) -> Any:
+    """Numbers may be written as text: YAML 1.1 reads ``1e-4`` so, and so do shells that quote."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Count = Annotated[int, Field(gt=0)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+Schedule = Literal[
+    # The names of diffusers.optimization.get_scheduler, without piecewise_constant, which needs rules of its own.
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and every key in it must be known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class OpenSection(Section):
+    """A part whose ``name`` picks a class, and whose other keys are that class's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Text
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that are the named class's own, as written."""
+        return dict(self.model_extra or {})
+
+
+class ObjectiveConfig(OpenSection):
+    """Which distillation game is played; the options are the fields of the objective's dataclass."""
+
+
+class OptimizerConfig(OpenSection):
+    """Which optimiser a role is trained with: a class of torch.optim or a dotted path, and its keyword arguments."""
+
+    name: Text = "AdamW"
+    lr: Positive = 1e-4
+
+
+class LoraConfig(Section):
+    """A low-rank adapter; ``alpha`` is the rank where it is not given, ``targets`` the family's where null."""
+
+    rank: Count = 32
+    alpha: Positive = Field(default_factory=lambda known: float(known.get("rank", 32)))
+    targets: tuple[Text, ...] | None = None
+
+
+class LoraWeights(Section):
+    """A role that trains an adapter on the frozen network: ``{lora: {rank: 32}}``."""
+
+    lora: LoraConfig
+
+
+class PlayerConfig(Section):
+    """How one trained role learns: weights, optimiser, learning-rate schedule, clipping, moving average."""
+
+    weights: Literal["full"] | LoraWeights = "full"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: Schedule = "constant"
+    warmup_steps: CountOrZero = 0
+    clip: Positive | None = 1.0
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = None
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter that is trained, or None where all weights are."""
+        return None if isinstance(self.weights, str) else self.weights.lora
+
+    def over(self, default: PlayerConfig) -> PlayerConfig:
+        """What this player says, and for everything that it does not say, what ``default`` says."""
+        below, above = (player.model_dump(mode="json", exclude_unset=True) for player in (default, self))
+        own, shared = above.get("optimizer", {}), below.get("optimizer", {})
+        if own.get("name", shared.get("name", "AdamW")) != shared.get("name", "AdamW"):
+            below["optimizer"] = {"lr": shared["lr"]} if "lr" in shared else {}  # other options are the other class's
+        return PlayerConfig.model_validate(_merge(below, above))
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    return {**below, **{key: _merge(below.get(key), value) for key, value in above.items()}}
+
+
+class StageConfig(Section):
+    """One stage: an objective, how long it is played, and how its roles are trained."""
+
+    objective: ObjectiveConfig
+    steps: Count
+    batch_size: Count = 32
+    accumulate: Count = 1
+    checkpointing: bool = False
+    players: Mapping[Text, PlayerConfig] = Field(default_factory=dict)
+
+    @field_validator("players")
+    @classmethod
+    def _fill_in(cls, players: Mapping[str, PlayerConfig]) -> Mapping[str, PlayerConfig]:
+        default = players.get("default", PlayerConfig())
+        filled = {"default": default, **{role: p.over(default) for role, p in players.items() if role != "default"}}
+        for role, player in filled.items():
+            if player.schedule == "constant" and player.warmup_steps:
+                text = "{role}: schedule 'constant' has no warm-up; use 'constant_with_warmup' or warmup_steps: 0"
+                raise PydanticCustomError("warmup", text, {"role": role})
+        return filled
+
+    def player(self, role: str) -> PlayerConfig:
+        """How ``role`` is trained: its own entry, or the one called ``default``."""
+        return self.players.get(role, self.players["default"])
+
+    def check_players(self, roles: Collection[str], where: str) -> None:
+        """Raises UserError when ``players`` names a role that the objective does not train."""
+        for role in self.players:
+            if role not in ("default", *roles):
+                raise UserError(f"{where}.players.{role}: unknown role; {nearest(role, ['default', *roles])}")
+
+
+class DataConfig(Section):
+    """Where prompts come from and, for stages that learn from data, images."""
+
+    prompts: Text
+    count: Count | None = None
+    images: Text | None = None
+    cache: bool = True
+    size: Count | None = None
+
+
+class CheckpointConfig(Section):
+    """How often the run is saved, in steps, and how many of these are kept."""
+
+    every: Count = 500
+    keep: Count = 2
+
+
+class PreviewConfig(Section):
+    """How often sample grids are written, in steps, and of which prompts (a count takes the data's first ones)."""
+
+    every: Count = 500
+    prompts: Count | tuple[Text, ...] = 8
+    seed: CountOrZero = 0
+
+
+class ExportConfig(Section):
+    """What is left behind: a Diffusers pipeline, a LoRA file (of full weights: by truncated SVD at this rank)."""
+
+    pipeline: bool = True
+    lora: bool = True
+    lora_rank: Count = 32
+
+
+class BenchConfig(Section):
+    """The benchmark at the end of a run: protocol sizes, and how the teacher is sampled to compare with."""
+
+    prompts: Count = 64
+    images_per_prompt: Count = 8
+    seed: CountOrZero = 0
+    batch_size: Count = 64
+    teacher_steps: Count = 25
+    teacher_guidance: NotNegative = 3.0
+    evaluator: Text = "assets/shapes/clip"
+
+
+class Recipe(Section):
+    """A complete description of one run; equal recipes on equal machines give equal weights."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    output: Text = Field(default_factory=lambda known: f"runs/{known.get('name', '')}")
+    seed: CountOrZero = 0
+    teacher: Text
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataConfig
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    previews: PreviewConfig | None = PreviewConfig()
+    export: ExportConfig = ExportConfig()
+    bench: BenchConfig | None = None
+
+    _source: str = PrivateAttr(default="recipe")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Reads a recipe file, or a bundled recipe by its name (``quickstart``), with ``key.path=value`` overrides.
+
+        Raises:
+            UserError: The file is missing or no YAML, or a key is unknown, ill-typed or missing; a line a mistake.
+        """
+        file = find_recipe(path)
+        try:
+            content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+        return cls.from_mapping(content, overrides, source=str(file))
+
+    @classmethod
+    def from_mapping(cls, content: Any, overrides: Sequence[str] = (), *, source: str = "recipe") -> Self:
+        """The recipe that plain values (as YAML gives them) describe; ``source`` is what errors call the file."""
+        if not isinstance(content, Mapping):
+            raise UserError(f"{source}: expected a mapping with the keys {', '.join(cls.model_fields)}")
+        content = json.loads(to_json(content, source))
+        overridden = [apply_override(content, text) for text in overrides]
+        try:
+            recipe = cls.model_validate_json(to_json(content, source), strict=True)
+        except ValidationError as error:
+            raise UserError("\n".join(explain(error, cls, content, source, overridden=overridden))) from None
+        recipe._source = source
+        return recipe
+
+    @property
+    def source(self) -> str:
+        """The file this recipe was read from, as error messages name it."""
+        return self._source
+
+    def where(self, key: str) -> str:
+        """The place of a key, as error messages name it: ``recipes/x.yaml: stages.0.objective``."""
+        return f"{self._source}: {key}"
+
+    def resolved(self) -> Self:
+        """The same recipe with the objectives' own defaults written out; checks their options (imports torch)."""
+        content = self.model_dump(mode="json")
+        for index, stage in enumerate(self.stages):
+            objective = build_objective(stage.objective, self.where(f"stages.{index}.objective"))
+            content["stages"][index]["objective"] = {"name": stage.objective.name, **objective_options(objective)}
+        return self.from_mapping(content, source=self._source)
+
+    def to_yaml(self) -> str:
+        """All of the recipe, defaults included, as YAML that :meth:`load` reads back to the same content."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of what is computed: all content except where it is written and on which device."""
+        content = self.model_dump(mode="json", exclude={"output", "device"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def recipe_folder() -> Path | None:
+    """The bundled recipes: in a checkout ``recipes/``, in an installed wheel ``stepdistill/_recipes/``."""
+    here = Path(__file__).resolve().parent
+    return next((folder for folder in (here / "_recipes", here.parent / "recipes") if folder.is_dir()), None)
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """Bundled recipe files by name, which is the path below the recipes' folder without its suffix."""
+    folder = recipe_folder()
+    files = sorted(folder.rglob("*.yaml")) if folder else []
+    return {str(file.relative_to(folder).with_suffix("").as_posix()): file for file in files if folder}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that is meant by a path or by a bundled recipe's name."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    bundled = bundled_recipes()
+    name = file.with_suffix("").as_posix().removeprefix("recipes/")
+    if name in bundled and not file.is_absolute():
+        return bundled[name]
+    beside = [str(other) for other in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
+    what = "is a folder, not a recipe" if file.is_dir() else "no such recipe"
+    raise UserError(f"{path}: {what}; {nearest(str(path), [*beside, *bundled])}")
+
+
+def build_objective(config: ObjectiveConfig, where: str) -> Objective:
+    """The objective that a recipe names, with the options it gives: name => class => checked fields => instance.
+
+    Args:
+        config: Name and options as written in the recipe.
+        where: How error messages call the place, for example ``recipes/x.yaml: stages.0.objective``.
+    """
+    from stepdistill.objectives import resolve
+
+    try:
+        kind = resolve(config.name)
+    except UserError as error:
+        raise UserError(f"{where}.name: {error}") from error
+    if not dataclasses.is_dataclass(kind):
+        raise UserError(f"{where}.name: {config.name} is no dataclass, so it cannot have options; add @dataclass")
+    return cast("Objective", build_dataclass(kind, config.options, where))
+
+
+def build_dataclass(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
+    """An instance of a dataclass from plain values, checked against its fields' names and types.
+
+    Raises:
+        UserError: A line for every unknown, ill-typed or missing field, or what the class itself refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    values, problems = {}, []
+    for name, value in options.items():
+        if name not in fields:
+            problems.append(f"{where}.{name}: unknown key; {nearest(name, fields)}")
+            continue
+        try:
+            values[name] = _option_type(kind, name).validate_json(to_json(value, where), strict=True)
+        except ValidationError as error:
+            problems += explain(error, None, value, f"{where}.{name}", joint=".")
+    given = {
+        *options,
+        *(closest(name, fields) for name in options if name not in fields),
+    }  # a mistyped one is told above
+    absent = [name for name, field in fields.items() if name not in given and _has_no_default(field)]
+    problems += [f"{where}.{name}: missing; this key has no default" for name in absent]
+    if problems:
+        raise UserError("\n".join(problems))
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def optimizer_class(config: OptimizerConfig, where: str) -> type[Any]:
+    """The optimiser that a recipe names, a class of torch.optim or a dotted path; checks the options' names."""
+    module, _, name = config.name.rpartition(".")
+    try:
+        kind: type[Any] = getattr(importlib.import_module(module or "torch.optim"), name)
+    except (ImportError, AttributeError):
+        kind = type(None)
+    optim = importlib.import_module("torch.optim")
+    if not (isinstance(kind, type) and issubclass(kind, optim.Optimizer)):
+        known = [word for word in vars(optim) if word[0].isupper()]
+        hint = f"{nearest(name, known)} (or give package.module.Class of an installed package)"
+        raise UserError(f"{where}.name: unknown optimizer {config.name!r}; {hint}")
+    accepted = inspect.signature(kind).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values()):
+        unknown = [option for option in config.options if option not in accepted]
+        if unknown:
+            valid = [option for option in accepted if option != "params"]
+            raise UserError("\n".join(f"{where}.{key}: unknown key; {nearest(key, valid)}" for key in unknown))
+    return kind
+
+
+def objective_options(objective: Objective) -> dict[str, Any]:
+    """All options of an objective as plain values, as a recipe would write them, defaults included."""
+    names = [field.name for field in dataclasses.fields(cast(Any, objective)) if field.init]
+    return {name: _option_type(type(objective), name).dump_python(getattr(objective, name), mode="json")
+            for name in names}  # fmt: skip
+
+
+def _option_type(kind: type[Any], name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(kind, include_extras=True)[name])
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

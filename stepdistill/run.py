@@ -1,0 +1,286 @@
+"""From a recipe to a folder: load the teacher, play the stages, export the student, measure it.
+
+    recipe => runs/NAME/{recipe.yaml, environment.json, metrics.jsonl, previews/, checkpoints/, pipeline/, lora/, report/}
+
+Everything here is composition; the loop is in `trainer.py`, the rules are in `objectives/`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepdistill.console import Display
+from stepdistill.run_folder import RunFolder
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.console import Console
+
+    from stepdistill.bench.report import Report
+    from stepdistill.cast import Cast, RoleState
+    from stepdistill.data.batches import Batches
+    from stepdistill.families.base import ModelFamily
+    from stepdistill.objectives.base import InferenceSpec, Objective
+    from stepdistill.player import Player
+    from stepdistill.recipe import Recipe, StageConfig
+    from stepdistill.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        folder: the run's folder.
+        pipeline: the exported Diffusers folder, if the recipe asked for one.
+        lora: the exported LoRA folder, if any.
+        report: what was measured, if the recipe asked for it.
+    """
+
+    folder: Path
+    pipeline: Path | None
+    lora: Path | None
+    report: Report | None
+
+
+def train(recipe: Recipe, *, resume: bool | None = None, console: Console | None = None) -> RunResult:
+    """Runs a recipe from start to end, or goes on where an interrupted run of the same recipe stopped.
+
+    Args:
+        recipe: what to do.
+        resume: True demands a checkpoint to go on from, False starts anew (deletes the old run), None goes on if there
+            is one.
+        console: where progress is shown; None is silent.
+
+    Raises:
+        UserError: the recipe does not fit the teacher, the folder holds another run, the disk is full ...
+        Interrupted: after SIGINT or SIGTERM; the same command goes on from the checkpoint.
+    """
+    recipe = recipe.resolved()
+    folder = RunFolder(Path(recipe.output), keep=recipe.checkpoints.keep)
+    folder.claim(recipe, resume)
+    run = _Run(recipe, folder, Display(console))
+    result = run.play()
+    return result
+
+
+class _Run:
+    """One run in progress."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, display: Display) -> None:
+        from accelerate import Accelerator
+
+        from stepdistill.families import load_family
+        from stepdistill.recipe import build_objective
+
+        self.recipe, self.folder, self.display = recipe, folder, display
+        self.objectives: list[Objective] = [
+            build_objective(stage.objective, recipe.where(f"stages.{index}.objective"))
+            for index, stage in enumerate(recipe.stages)
+        ]
+        for index, (stage, objective) in enumerate(zip(recipe.stages, self.objectives, strict=True)):
+            stage.check_players(trained_roles(objective), recipe.where(f"stages.{index}"))
+        precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
+        self.accelerator: Accelerator = Accelerator(mixed_precision=precision, cpu=recipe.device == "cpu")
+        display.say(f"loading {recipe.teacher}")
+        self.family: ModelFamily = load_family(recipe.teacher, device=str(self.accelerator.device))
+        self.batches: Batches | None = None
+
+    def play(self) -> RunResult:
+        """All stages that are not finished yet, then export, measurement and model card."""
+        progress = self.folder.progress()
+        starts = self.folder.load_roles(progress.stages_done - 1) if progress.stages_done else {}
+        for index in range(progress.stages_done, len(self.recipe.stages)):
+            self.batches = self.batches or open_batches(self.recipe, self.family, self.folder, self.accelerator,
+                                                        self.display)  # fmt: skip
+            starts = {**starts, **self._play_stage(index, starts)}
+            if self.accelerator.is_main_process:
+                self.folder.save_roles(index, starts)
+        if not self.accelerator.is_main_process:
+            return RunResult(self.folder.path, None, None, None)
+        return finish(self.recipe, self.family, starts, self.objectives[-1].inference(), self.folder, self.display)
+
+    def _play_stage(self, index: int, starts: Mapping[str, RoleState]) -> dict[str, RoleState]:
+        trainer, cast = self._build_stage(index, starts)
+        roles, state = self.folder.newest_checkpoint(stage=index)
+        if state is not None:
+            trainer.resume(roles, state)
+            self.display.say(f"going on from step {trainer.step} of stage {index + 1}")
+        self.folder.truncate_log(index, trainer.step)
+        began = time.monotonic()
+        with self.display.training(f"stage {index + 1}: {self.recipe.stages[index].objective.name}"):
+            trainer.run()
+        self.folder.add_seconds(time.monotonic() - began)
+        result = {}
+        for name, player in trainer.players.items():
+            with player.averaged():
+                result[name] = cast.state(name)
+        cast.release()
+        return result
+
+    def _build_stage(self, index: int, starts: Mapping[str, RoleState]) -> tuple[Trainer, Cast]:
+        from stepdistill.cast import Cast
+        from stepdistill.trainer import Trainer, TrainerSettings
+
+        stage, objective, recipe = self.recipe.stages[index], self.objectives[index], self.recipe
+        cast = Cast(
+            self.family, objective.roles(), lora=lora_settings(stage, objective, self.family), starts=starts,
+            checkpointing=stage.checkpointing,
+        )  # fmt: skip
+        self.display.roles(cast.summary())
+        players = {name: build_player(name, cast, stage, objective, self.accelerator) for name in cast.trained}
+        assert self.batches is not None, "opened before the first stage"
+        settings = TrainerSettings(
+            steps=stage.steps, batch_size=stage.batch_size, accumulate=stage.accumulate, seed=recipe.seed,
+            checkpoint_every=recipe.checkpoints.every, stage=index,
+            first_step=sum(s.steps for s in recipe.stages[:index]),
+        )  # fmt: skip
+        trainer = Trainer(
+            cast, objective, players, self.batches, self.accelerator, settings, self.folder.checkpoints,
+            self.folder.log,
+        )  # fmt: skip
+        previews = open_previews(recipe, self.family, objective.inference(), self.folder)
+
+        def on_step(progress: Any) -> None:
+            self.display.step(progress)
+            due = progress.step == progress.steps or progress.step % recipe.previews.every == 0 if previews else False
+            if previews is not None and due and self.accelerator.is_main_process:
+                teacher = cast.denoiser("teacher") if "teacher" in objective.roles() else None
+                with players["student"].averaged():
+                    previews.write(cast.denoiser("student"), teacher, settings.first_step + progress.step)
+
+        trainer.on_step = on_step
+        return trainer, cast
+
+
+def trained_roles(objective: Objective) -> list[str]:
+    """The roles that an objective trains."""
+    from stepdistill.objectives.base import Trained
+
+    return [name for name, role in objective.roles().items() if isinstance(role, Trained)]
+
+
+def lora_settings(stage: StageConfig, objective: Objective, family: ModelFamily) -> dict[str, Any]:
+    """The adapters' settings of every role that the recipe trains as LoRA."""
+    from stepdistill.adapters import LoraSettings
+
+    found = {}
+    for name in trained_roles(objective):
+        lora = stage.player(name).lora
+        if lora is not None:
+            found[name] = LoraSettings(lora.rank, lora.alpha, tuple(lora.targets or family.lora_targets))
+    return found
+
+
+def build_player(
+    name: str, cast: Cast, stage: StageConfig, objective: Objective, accelerator: Accelerator
+) -> Player:
+    """A role's optimiser and so on, as the recipe says."""
+    from stepdistill.player import Player, PlayerSettings
+    from stepdistill.recipe import optimizer_class
+
+    config = stage.player(name)
+    repeats = sum(phase.repeats for phase in objective.phases(0) if name in phase.updates)
+    settings = PlayerSettings(
+        optimizer=optimizer_class(config.optimizer, f"players.{name}.optimizer"),
+        options={"lr": config.optimizer.lr, **config.optimizer.options},
+        schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=stage.steps * max(1, repeats),
+        clip=config.clip, ema=config.ema,
+    )  # fmt: skip
+    return Player(name, cast.parameters(name), settings, accelerator)
+
+
+def open_batches(
+    recipe: Recipe, family: ModelFamily, folder: RunFolder, accelerator: Accelerator, display: Display
+) -> Batches:
+    """Prompts, their encodings and images, as the recipe says."""
+    from stepdistill.data.batches import Batches
+    from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
+    from stepdistill.data.images import load_images
+    from stepdistill.data.latents import LatentCache, LatentsOnTheFly
+    from stepdistill.data.prompts import load_prompts
+
+    data = recipe.data
+    needs = {phase.stream for stage in recipe.stages for phase in _phases(stage, recipe)}
+    prompts = load_prompts(data.prompts, count=data.count)
+    display.say(prompts.summary())
+    cache = ConditionCache(folder.cache, family, prompts) if data.cache and "prompts" in needs else None
+    conditions = cache or EncodedOnTheFly(family, prompts)
+    with display.counting("encoding prompts") as count:
+        conditions.build(count)
+    latents: LatentCache | LatentsOnTheFly | None = None
+    if data.images is not None and "images" in needs:
+        images = load_images(data.images, size=data.size)
+        if data.cache and data.count is not None:
+            latents = LatentCache(folder.cache, family, images, data.count)
+            with display.counting("encoding images") as count:
+                latents.build(count)
+        else:
+            latents = LatentsOnTheFly(family, images)
+    return Batches(family, prompts, conditions, latents, recipe.seed, accelerator.process_index,
+                   accelerator.num_processes, data.size)  # fmt: skip
+
+
+def _phases(stage: StageConfig, recipe: Recipe) -> list[Any]:
+    from stepdistill.recipe import build_objective
+
+    return list(build_objective(stage.objective, recipe.source).phases(0))
+
+
+def open_previews(recipe: Recipe, family: ModelFamily, spec: InferenceSpec | None, folder: RunFolder) -> Any:
+    """What draws the preview grids, or None."""
+    from stepdistill.data.prompts import load_prompts
+    from stepdistill.previews import Previews
+
+    config = recipe.previews
+    if config is None:
+        return None
+    given = config.prompts
+    prompts = load_prompts(recipe.data.prompts, count=given).prompts if isinstance(given, int) else given
+    guidance = recipe.bench.teacher_guidance if recipe.bench else 3.0
+    return Previews(family, prompts, spec, folder.previews, config.seed, guidance=guidance, size=recipe.data.size)
+
+
+def finish(
+    recipe: Recipe, family: ModelFamily, roles: Mapping[str, RoleState], spec: InferenceSpec | None,
+    folder: RunFolder, display: Display,
+) -> RunResult:  # fmt: skip
+    """Exports the student, checks the export in a fresh process, measures it and writes the model card."""
+    from stepdistill.export.card import write_card
+    from stepdistill.finish import export_student, measure
+
+    pipeline, lora = export_student(recipe, family, roles["student"], spec, folder, display)
+    report = None
+    if recipe.bench is not None and pipeline is not None:
+        report = measure(recipe, spec, folder, display)
+    write_card(folder.path, recipe=recipe.model_dump(mode="json"), spec=spec, report=report,
+               picture="report/samples.png" if report is not None else None)  # fmt: skip
+    display.say(f"done: {folder.path}")
+    return RunResult(folder.path, pipeline, lora, report)
+
+
+def export(run: Path, checkpoint: str | None = None, output: Path | None = None) -> RunResult:
+    """Exports the student of a run again, or of one of its checkpoints.
+
+    Args:
+        run: a run's folder.
+        checkpoint: "step-0000100" or "100"; None takes the finished student.
+        output: where pipeline/ and lora/ go; None: into the run's folder.
+    """
+    from stepdistill.families import load_family
+    from stepdistill.finish import export_student
+    from stepdistill.recipe import Recipe, build_objective
+
+    recipe = Recipe.load(run / "recipe.yaml")
+    source = RunFolder(run)
+    family = load_family(recipe.teacher)
+    roles, stage = source.roles_of(checkpoint, recipe, family)
+    spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
+    target = RunFolder(output or run)
+    pipeline, lora = export_student(recipe, family, roles["student"], spec, target, Display(None))
+    return RunResult(target.path, pipeline, lora, None)

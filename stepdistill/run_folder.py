@@ -1,0 +1,202 @@
+"""The folder of one run: what lies where, whose it is, and how far the run has come."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepdistill.errors import UserError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stepdistill.cast import RoleState
+    from stepdistill.families.base import ModelFamily
+    from stepdistill.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """How far a run has come: whole stages, and seconds of training so far."""
+
+    stages_done: int
+    seconds: float
+
+
+class RunFolder:
+    """Names of a run's files, and its small records.
+
+    Args:
+        path: the run's folder.
+        keep: how many checkpoints are kept.
+    """
+
+    def __init__(self, path: Path, keep: int = 2) -> None:
+        from stepdistill.checkpoint import Checkpoints
+
+        self.path = path
+        self.log = path / "metrics.jsonl"
+        self.previews = path / "previews"
+        self.cache = path / "cache"
+        self.pipeline = path / "pipeline"
+        self.lora = path / "lora"
+        self.report = path / "report"
+        self.checkpoints = Checkpoints(path / "checkpoints", keep)
+
+    def claim(self, recipe: Recipe, resume: bool | None) -> None:
+        """Makes the folder this recipe's own, or finds that it already is.
+
+        Raises:
+            UserError: it holds a run of another recipe, or something that is no run; or there is nothing to resume.
+        """
+        record = self.path / "recipe.yaml"
+        if resume is False and record.is_file():
+            shutil.rmtree(self.path)
+        if record.is_file():
+            self._check_same(recipe, record)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run; choose another folder with output=...")
+        if resume and not (self.checkpoints.steps() or self.progress().stages_done):
+            raise UserError(f"{self.path} holds no checkpoint to resume from; start without --resume")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            record.write_text("#!/usr/bin/env -S stepdistill train\n" + recipe.to_yaml())
+            (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another output=...") from error
+
+    def progress(self) -> RunProgress:
+        """From the run's own record."""
+        file = self.path / "progress.json"
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        return RunProgress(int(content.get("stages_done", 0)), float(content.get("seconds", 0.0)))
+
+    def add_seconds(self, seconds: float) -> None:
+        """Counts training time."""
+        now = self.progress()
+        self._record(RunProgress(now.stages_done, now.seconds + seconds))
+
+    def save_roles(self, stage: int, roles: Mapping[str, RoleState]) -> None:
+        """Keeps the weights that a stage ended with."""
+        from stepdistill.checkpoint import save_tree, write_atomically
+
+        tree = {name: {"lora": _lora_tree(state), "tensors": dict(state.tensors)} for name, state in roles.items()}
+        write_atomically(self._stage(stage), lambda target: save_tree(tree, target / "roles"))
+        self._record(RunProgress(stage + 1, self.progress().seconds))
+
+    def load_roles(self, stage: int) -> dict[str, RoleState]:
+        """The weights that a stage ended with."""
+        from stepdistill.adapters import LoraSettings
+        from stepdistill.cast import RoleState
+        from stepdistill.checkpoint import load_tree
+
+        tree = load_tree(self._stage(stage) / "roles")
+        return {
+            name: RoleState(None if entry["lora"] is None else LoraSettings(**entry["lora"]), entry["tensors"])
+            for name, entry in tree.items()
+        }
+
+    def newest_checkpoint(self, stage: int) -> tuple[dict[str, dict[str, Tensor]], Any]:
+        """=> (weights by role, state), or ({}, None) if there is none of this stage."""
+        steps = self.checkpoints.steps()
+        if steps:
+            roles, state = self.checkpoints.load(steps[-1])
+            if state["stage"] == stage:
+                return roles, state
+        return {}, None
+
+    def truncate_log(self, stage: int, step: int) -> None:
+        """Drops what a resumed run is going to log again."""
+        from stepdistill.trainer import truncate_log
+
+        truncate_log(self.log, stage, step)
+
+    def roles_of(
+        self, checkpoint: str | None, recipe: Recipe, family: ModelFamily
+    ) -> tuple[dict[str, RoleState], int]:
+        """=> (weights by role, number of the stage) of a finished run or of one checkpoint, by its name or step."""
+        from stepdistill.cast import RoleState
+        from stepdistill.recipe import build_objective
+        from stepdistill.run import lora_settings
+
+        last = len(recipe.stages) - 1
+        if checkpoint is None:
+            if self.progress().stages_done <= last:
+                raise UserError(f"{self.path} is not finished; run its recipe again, or name one of its checkpoints: "
+                                f"{', '.join(map(str, self.checkpoints.steps())) or 'none yet'}")  # fmt: skip
+            return self.load_roles(last), last
+        number = checkpoint.removeprefix("step-")
+        if not number.isdigit() or int(number) not in self.checkpoints.steps():
+            raise UserError(f"{self.path} has no checkpoint {checkpoint!r}; it has "
+                            f"{', '.join(map(str, self.checkpoints.steps())) or 'none'}")  # fmt: skip
+        roles, state = self.checkpoints.load(int(number))
+        stage = recipe.stages[state["stage"]]
+        lora = lora_settings(stage, build_objective(stage.objective, recipe.source), family)
+        averages = {name: player["ema"] for name, player in state["players"].items()}
+        return {
+            name: RoleState(lora.get(name), _averaged(tensors, averages[name])) for name, tensors in roles.items()
+        }, state["stage"]
+
+    def _stage(self, stage: int) -> Path:
+        return self.checkpoints.folder / f"stage-{stage}"
+
+    def _record(self, progress: RunProgress) -> None:
+        new = self.path / ".progress.json.new"
+        new.write_text(json.dumps({"stages_done": progress.stages_done, "seconds": progress.seconds}))
+        new.replace(self.path / "progress.json")
+
+    def _check_same(self, recipe: Recipe, record: Path) -> None:
+        from stepdistill.recipe import Recipe
+
+        try:
+            before = Recipe.load(record)
+        except UserError as error:
+            raise UserError(f"{self.path} holds a run whose recipe.yaml cannot be read any more ({error}); choose "
+                            "another folder with output=..., or start anew with --fresh") from error  # fmt: skip
+        if before.sha256 != recipe.sha256:
+            keys = ", ".join(_differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))[:4])
+            raise UserError(f"{self.path} holds a run of another recipe (different: {keys}); choose another folder "
+                            "with output=..., or start anew with --fresh, which deletes it")  # fmt: skip
+
+
+def _averaged(tensors: Mapping[str, Tensor], ema: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
+    """A checkpoint's weights, or their moving average where one was kept; both are in the same order."""
+    if ema is None:
+        return tensors
+    names: list[str] = ema["names"]
+    return dict(zip(names, ema["shadow_params"], strict=True))
+
+
+def _lora_tree(state: RoleState) -> dict[str, Any] | None:
+    if state.lora is None:
+        return None
+    return {"rank": state.lora.rank, "alpha": state.lora.alpha, "targets": state.lora.targets}
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Dotted keys at which two recipes differ."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        found = []
+        for key in [*a, *(k for k in b if k not in a)]:
+            if prefix or key not in ("output", "device"):
+                found += _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else str(key))
+        return found
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{prefix}.{i}")]
+    return [] if a == b else [prefix]
+
+
+def environment() -> dict[str, Any]:
+    """What the run was made with."""
+    import platform
+
+    from stepdistill.bench.report import device_name, installed_versions
+
+    return {"python": platform.python_version(), "platform": platform.platform(), "device": device_name("cpu"),
+            "versions": installed_versions(), "arguments": sys.argv[1:]}  # fmt: skip
