@@ -10,6 +10,7 @@ Two rules make it safe to have student, teacher and critic share one network:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class SharedNetwork:
         self._layers: list[BaseTunerLayer] = []
         self._route: str | None = None
 
-    def add(self, name: str, settings: LoraSettings) -> None:
-        """Adds a LoRA that changes nothing yet (B = 0).
+    def add(self, name: str, settings: LoraSettings, seed: int = 0) -> None:
+        """Adds a LoRA that changes nothing yet (B = 0); its A is a function of seed and name on every process.
 
         Raises:
             UserError: no layer of the network matches the targets.
@@ -55,9 +56,12 @@ class SharedNetwork:
             r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), init_lora_weights=True
         )
         try:
-            inject_adapter_in_model(config, self.network, name)
+            with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
+                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1)
+                inject_adapter_in_model(config, self.network, name)
         except ValueError as error:
-            raise UserError(f"role {name!r}: no layer of {type(self.network).__name__} ends in any of the LoRA targets "
+            network = type(self.network).__name__
+            raise UserError(f"role {name!r}: no layer of {network} ends in any of the LoRA targets "
                             f"{', '.join(settings.targets)}; set weights.lora.targets") from error  # fmt: skip
         self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
         # peft leaves the newest adapter active and trainable; here nothing is, until somebody says so.
@@ -67,8 +71,12 @@ class SharedNetwork:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's own parameters under peft's file names, `...to_q.lora_A.weight`."""
-        mark = f".{name}."
-        return {key.replace(mark, "."): p for key, p in self.network.named_parameters() if "lora_" in key and mark in key}
+        found = {}
+        for key, parameter in self.network.named_parameters():
+            layer, mark, rest = key.partition(".lora_")  # ...to_q | .lora_ | A.student.weight
+            if mark and rest.split(".")[1] == name:
+                found[f"{layer}{mark}{rest.replace(f'.{name}.', '.')}"] = parameter
+        return found
 
     @contextmanager
     def routed(self, name: str | None) -> Iterator[None]:
@@ -92,7 +100,8 @@ class SharedNetwork:
 
             return checkpoint(run, *args, use_reentrant=False)
 
-        self.network.enable_gradient_checkpointing(gradient_checkpointing_func=replaying)
+        network: Any = self.network
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=replaying)
 
     def plain_state(self, name: str | None) -> dict[str, Tensor]:
         """The state of a plain network with the adapter folded in (None: the base), under the original names."""

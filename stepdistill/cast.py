@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +39,7 @@ class Cast:
         lora: settings of every role that is trained as an adapter; trained roles not named get full copies.
         starts: where trained roles start from; those not named start as the teacher.
         checkpointing: activation checkpointing in all networks that are trained.
+        seed: of the adapters' first values, which must agree between processes and after a resume.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Cast:
         lora: Mapping[str, LoraSettings] | None = None,
         starts: Mapping[str, RoleState] | None = None,
         checkpointing: bool = False,
+        seed: int = 0,
     ) -> None:
         lora = lora or {}
         self.family = family
@@ -62,7 +64,7 @@ class Cast:
         for name in roles:
             if name not in copies:
                 if name in self.lora:
-                    self.shared.add(name, self.lora[name])
+                    self.shared.add(name, self.lora[name], seed)
                 self._weights[name] = AdapterWeights(self.shared, name if name in self.lora else None)
         for name, start in (starts or {}).items():
             if name in self.trained:
@@ -123,11 +125,12 @@ class Cast:
 
     def _start(self, role: str, start: RoleState) -> None:
         if start.lora != self.lora.get(role):
-            raise UserError(f"role {role!r} starts from {'full' if start.lora is None else 'LoRA'} weights that its stage "
-                            f"({self._kind(role)}) cannot hold; give both stages the same weights")  # fmt: skip
+            before = "full" if start.lora is None else "LoRA"
+            raise UserError(f"role {role!r} starts from {before} weights that its stage ({self._kind(role)}) cannot "
+                            "hold; give both stages the same weights")  # fmt: skip
         copy_into(self.parameters(role), start.tensors, f"the start of role {role!r}")
 
-    def _enable_checkpointing(self, copies: Iterator[nn.Module] | Sequence[nn.Module]) -> None:
+    def _enable_checkpointing(self, copies: Iterable[nn.Module]) -> None:
         for network in copies:
             network.enable_gradient_checkpointing()  # type: ignore[operator]
         if self.lora:

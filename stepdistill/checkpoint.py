@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,9 +35,10 @@ def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder} could not be written ({error.strerror or error}); what was saved before is intact: "
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{folder} could not be written ({reason}); what was saved before is intact: "
                         "make room and run the same command again to go on from it") from error  # fmt: skip
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -132,7 +134,7 @@ class Checkpoints:
         try:
             roles = {p.stem: load_file(p) for p in folder.glob("*.safetensors") if p.stem != "state"}
             return roles, load_tree(folder / "state")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise UserError(f"{folder} is damaged ({error}); delete it to go on from the checkpoint before") from error
 
 

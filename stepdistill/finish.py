@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 CHECKED_IMAGES = 2
+NOISE_SEED = 0
 
 
 def export_student(
@@ -51,7 +52,7 @@ def export_student(
     pipeline = lora = None
     if recipe.export.pipeline:
         pipeline = export_pipeline(family, network, spec, folder.pipeline, facts=facts)
-        if spec is not None and spec.num_steps == 1:
+        if spec is not None:
             difference = check(family, network, spec, pipeline, None)
             display.say(f"{pipeline}: a fresh process with plain Diffusers differs by at most {difference:.1e}")
     if recipe.export.lora and spec is not None and family.supports_lora_loading:
@@ -78,33 +79,34 @@ def merged_network(family: ModelFamily, student: RoleState) -> nn.Module:
 def check(
     family: ModelFamily, network: nn.Module, spec: InferenceSpec, folder: Path, lora: Path | None
 ) -> float:
-    """Largest difference between the student in memory and its export in a fresh process, images in [0, 1]."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    shape = (CHECKED_IMAGES, *family.latent_shape())
-    noise = torch.randn(shape, generator=generator)
+    """Largest difference between the student in memory and its export in a fresh process, images in [0, 1].
+
+    Both sides compute on the CPU in float32, where equal operations give equal bits.
+    """
+    device = family.device
+    family.pipeline.to("cpu")
+    generator = torch.Generator("cpu").manual_seed(NOISE_SEED)
+    noise = torch.randn((CHECKED_IMAGES, *family.latent_shape()), generator=generator)
     prompts = _some_prompts(family)
-    expected = in_memory(family, network, spec, noise, prompts)
-    has_latents = family.supports_lora_loading  # DiTPipeline draws its noise itself, from the same generator
-    request = ImageRequest(prompts, spec.num_steps, spec.guidance_scale, noise if has_latents else None, 0)
-    return verify_export(folder, expected, request, lora=lora)
+    # DiTPipeline takes no latents: it draws its noise first, from the generator that the request seeds.
+    given = noise if family.takes_latents else None
+    request = ImageRequest(prompts, spec.num_steps, spec.guidance_scale, given, NOISE_SEED)
+    try:
+        expected = in_memory(family, network.to("cpu"), spec, noise, prompts)
+        return verify_export(folder, expected, request, lora=lora)
+    finally:
+        family.pipeline.to(device)
+        network.to(device)
 
 
 def in_memory(
     family: ModelFamily, network: nn.Module, spec: InferenceSpec, noise: Tensor, prompts: list[str]
 ) -> Tensor:
-    """The student's images (B, 3, H, W) in [0, 1] from given noise, on the CPU in float32."""
-    student = replace_device(family, network)
+    """The student's images (B, 3, H, W) in [0, 1] from given noise."""
+    student = family.denoiser(OwnWeights(network))
     times = grid(student.schedule, spec.timesteps, noise.device)
-    condition = family.encode_prompts(prompts).to("cpu")
-    return family.decode_latents(stochastic(student, noise, times, condition).to(family.device)).cpu()
-
-
-def replace_device(family: ModelFamily, network: nn.Module) -> Any:
-    """A view of the student on the CPU, where both sides of the comparison compute."""
-    import copy
-
-    on_cpu = network if family.device.type == "cpu" else copy.deepcopy(network).to("cpu")
-    return family.denoiser(OwnWeights(on_cpu))
+    torch.manual_seed(NOISE_SEED)  # the pipeline draws the noise between steps from a generator of this seed
+    return family.decode_latents(stochastic(student, noise, times, family.encode_prompts(prompts)))
 
 
 def _some_prompts(family: ModelFamily) -> list[str]:
@@ -118,16 +120,16 @@ def _export_lora(
     if student.lora is not None:
         lora = export_lora(family, student.tensors, rank=student.lora.rank, alpha=student.lora.alpha,
                            folder=folder.lora, spec=spec, facts=facts)  # fmt: skip
-        if spec.num_steps == 1:
-            difference = check(family, network, spec, Path(family.path), lora)
-            display.say(f"{lora}: a fresh process with plain Diffusers differs by at most {difference:.1e}")
+        difference = check(family, network, spec, Path(family.path), lora)
+        display.say(f"{lora}: a fresh process with plain Diffusers differs by at most {difference:.1e}")
         return lora
     rank = recipe.export.lora_rank
     difference_state = difference_lora(family.network(), network, rank)
     display.say(f"lora/: rank {rank} keeps {1 - difference_state.residual:.0%} of the full student's change; "
                 "train with weights: {lora: ...} for a LoRA that loses nothing")  # fmt: skip
     return export_lora(family, difference_state.state, rank=rank, alpha=rank, folder=folder.lora, spec=spec,
-                       facts={**facts, "residual": difference_state.residual})  # fmt: skip
+                       facts={**facts, "residual": difference_state.residual,
+                                                         "untargeted": difference_state.untargeted})  # fmt: skip
 
 
 def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, display: Display) -> Report:

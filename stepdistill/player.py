@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Player:
         """One update from the gradients accumulated so far => the gradient's norm before clipping.
 
         Raises:
-            UserError: a parameter got no gradient at all, so the objective does not train this role.
+            UserError: no parameter got a gradient, so the objective does not train this role, or one is not finite.
         """
         values = list(self.parameters.values())
         if all(p.grad is None for p in values):
@@ -91,6 +92,9 @@ class Player:
         self._accelerator.unscale_gradients(self.optimizer)
         limit = float("inf") if self._settings.clip is None else self._settings.clip
         norm = float(torch.nn.utils.clip_grad_norm_(values, limit))
+        if not math.isfinite(norm) and self._accelerator.scaler is None:  # a loss scaler skips such a step itself
+            raise UserError(f"role {self.name!r}: its gradient is not finite; lower the learning rate, or use "
+                            "precision bf16 or fp32; the weights are as they were before")  # fmt: skip
         self.optimizer.step()
         skipped = self.optimizer.step_was_skipped
         self.optimizer.zero_grad()

@@ -30,7 +30,8 @@ class Levels:
     def at(cls, schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Levels:
         """The levels at times `t` of shape (B,), shaped to multiply `like` of shape (B, ...)."""
         shape = (-1,) + (1,) * (like.ndim - 1)
-        return cls(*(f(t).reshape(shape) for f in (schedule.alpha, schedule.sigma, schedule.d_alpha, schedule.d_sigma)))
+        functions = (schedule.alpha, schedule.sigma, schedule.d_alpha, schedule.d_sigma)
+        return cls(*(function(t).reshape(shape) for function in functions))
 
 
 @dataclass(frozen=True)

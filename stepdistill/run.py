@@ -1,6 +1,6 @@
 """From a recipe to a folder: load the teacher, play the stages, export the student, measure it.
 
-    recipe => runs/NAME/{recipe.yaml, environment.json, metrics.jsonl, previews/, checkpoints/, pipeline/, lora/, report/}
+    recipe => runs/NAME/{recipe.yaml, environment.json, metrics.jsonl, previews, checkpoints, pipeline, lora, report}
 
 Everything here is composition; the loop is in `trainer.py`, the rules are in `objectives/`.
 """
@@ -64,9 +64,7 @@ def train(recipe: Recipe, *, resume: bool | None = None, console: Console | None
     recipe = recipe.resolved()
     folder = RunFolder(Path(recipe.output), keep=recipe.checkpoints.keep)
     folder.claim(recipe, resume)
-    run = _Run(recipe, folder, Display(console))
-    result = run.play()
-    return result
+    return _Run(recipe, folder, Display(console)).play()
 
 
 class _Run:
@@ -148,8 +146,9 @@ class _Run:
 
         def on_step(progress: Any) -> None:
             self.display.step(progress)
-            due = progress.step == progress.steps or progress.step % recipe.previews.every == 0 if previews else False
-            if previews is not None and due and self.accelerator.is_main_process:
+            if previews is None or recipe.previews is None or not self.accelerator.is_main_process:
+                return
+            if progress.step == progress.steps or progress.step % recipe.previews.every == 0:
                 teacher = cast.denoiser("teacher") if "teacher" in objective.roles() else None
                 with players["student"].averaged():
                     previews.write(cast.denoiser("student"), teacher, settings.first_step + progress.step)

@@ -143,7 +143,7 @@ class FlowSchedule(NoiseSchedule):
         return -self.d_sigma(t)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return self.shift / (1 + (self.shift - 1) * t.double()) ** 2
+        return self.shift * (1 + (self.shift - 1) * t.double()).pow(-2)
 
     def model_time(self, t: Tensor) -> Tensor:
         return self.sigma(t) * self.num_train_timesteps
@@ -159,10 +159,12 @@ class FlowSchedule(NoiseSchedule):
 
 
 class EDMSchedule(NoiseSchedule):
-    """Variance exploding as in EDM: alpha = 1, sigma on the rho grid (Karras et al. 2022, eq. 5); fed log(sigma) / 4."""
+    """Variance exploding: alpha = 1, sigma on EDM's rho grid (Karras et al. 2022, eq. 5); fed log(sigma) / 4."""
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
-        self._low, self._high, self._rho = sigma_min ** (1 / rho), sigma_max ** (1 / rho), rho
+        self._low = float(sigma_min ** (1 / rho))
+        self._high = float(sigma_max ** (1 / rho))
+        self._rho = rho
 
     def _root(self, t: Tensor) -> Tensor:
         return self._low + t.double() * (self._high - self._low)
@@ -171,13 +173,13 @@ class EDMSchedule(NoiseSchedule):
         return torch.ones_like(t, dtype=torch.float64)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._root(t) ** self._rho
+        return self._root(t).pow(self._rho)
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t, dtype=torch.float64)
 
     def d_sigma(self, t: Tensor) -> Tensor:
-        return self._rho * self._root(t) ** (self._rho - 1) * (self._high - self._low)
+        return self._rho * self._root(t).pow(self._rho - 1) * (self._high - self._low)
 
     def model_time(self, t: Tensor) -> Tensor:
         return self.sigma(t).log() / 4  # Karras et al. 2022, table 1: c_noise
@@ -237,6 +239,6 @@ def from_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str
     from diffusers import DDPMScheduler
 
     # DDPMScheduler knows every beta schedule of the other VP schedulers; only the table of alphas is taken from it.
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    betas = {key: config[key] for key in keys if config.get(key) is not None}
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    betas = {key: config[key] for key in (*keys, "rescale_betas_zero_snr") if config.get(key) is not None}
     return VPSchedule(DDPMScheduler(**betas).alphas_cumprod), kind

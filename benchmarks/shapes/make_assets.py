@@ -2,6 +2,7 @@
 
     python benchmarks/shapes/make_assets.py clip          # CLIP on rendered scenes: text encoder and evaluator
     python benchmarks/shapes/make_assets.py autoencoder   # AutoencoderKL, factor 8, 4 latent channels
+    python benchmarks/shapes/make_assets.py decoder       # goes on with the decoder alone; the latents stay
     python benchmarks/shapes/make_assets.py assemble      # the teacher's folder with a UNet of random weights
 
 Each command writes a checkpoint every few hundred steps under --work and, started again, goes on from it. The teacher
@@ -21,8 +22,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
-from transformers import CLIPImageProcessor
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from stepdistill.data import shapes
 
@@ -84,7 +92,7 @@ def autoencoder() -> AutoencoderKL:
 def unet() -> UNet2DConditionModel:
     """The teacher's network: cross-attention at 8x8, 4x4 and in the middle."""
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(96, 160), layers_per_block=1,
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=TEXT_WIDTH, attention_head_dim=4, norm_num_groups=16,
     )  # fmt: skip
@@ -97,8 +105,9 @@ def batch(seed: int, start: int, count: int, keep: float = 0.7) -> tuple[torch.T
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, then a half cosine to 1 % of the peak."""
-    return peak * min(1.0, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
+    """Linear warm-up over 100 steps, the peak for three fifths of the time, then a half cosine to 1 % of it."""
+    decay = max(0.0, (step / steps - 0.6) / 0.4)
+    return peak * min(1.0, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * decay))
 
 
 def fit(
@@ -177,16 +186,40 @@ def make_autoencoder(work: Path, output: Path, steps: int) -> None:
     def loss_of(step: int) -> torch.Tensor:
         images, _ = batch(VAE_DATA_SEED, step * count, count)
         posterior = model.encode(images).latent_dist
-        difference = model.decode(posterior.sample()).sample - images
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         # Objects cover a tenth of the pixels, and their colours come last: once the forms are there, they count more.
-        weight = 1 + 5 * foreground(images) if step >= FORMS_FIRST else torch.ones_like(images)
-        return (weight * (difference.square() + 0.1 * difference.abs())).mean() + 2e-4 * kl
+        extra = 5.0 if step >= FORMS_FIRST else 0.0
+        return reconstruction(model.decode(posterior.sample()).sample, images, extra) + 2e-4 * kl
 
     fit(model, loss_of, steps=steps, peak=2e-3, work=work / "autoencoder")
     model.eval()
     normalise_latents(model)
     model.half().save_pretrained(output / "autoencoder")
+
+
+def reconstruction(decoded: torch.Tensor, images: torch.Tensor, extra: float) -> torch.Tensor:
+    """Squared plus a tenth of the absolute error; pixels of objects weigh 1 + extra."""
+    error = decoded - images
+    return ((1 + extra * foreground(images)) * (error.square() + 0.1 * error.abs())).mean()
+
+
+def make_decoder(work: Path, output: Path, steps: int) -> None:
+    """Trains the decoder alone for longer: the latents, and so every teacher trained on them, stay as they are."""
+    torch.manual_seed(SEED)
+    model = AutoencoderKL.from_pretrained(output / "autoencoder", torch_dtype=torch.float32)
+    model.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+    trained = torch.nn.ModuleDict({"decoder": model.decoder, "post_quant_conv": model.post_quant_conv})
+    trained.requires_grad_(True).train()
+    count = 16
+
+    def loss_of(step: int) -> torch.Tensor:
+        images, _ = batch(VAE_DATA_SEED + 2, step * count, count)
+        with torch.no_grad():
+            latents = model.encode(images).latent_dist.sample()
+        return reconstruction(model.decode(latents).sample, images, 5.0)
+
+    fit(trained, loss_of, steps=steps, peak=1e-3, work=work / "decoder")
+    model.eval().half().save_pretrained(output / "autoencoder-sharper")
 
 
 @torch.no_grad()
@@ -225,15 +258,17 @@ def assemble(output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("clip", "autoencoder", "assemble"))
+    parser.add_argument("part", choices=("clip", "autoencoder", "decoder", "assemble"))
     parser.add_argument("--output", type=Path, default=ROOT / "runs/shapes-assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/shapes-assets/work")
-    parser.add_argument("--steps", type=int, help="default: 900 (clip), 4500 (autoencoder)")
+    parser.add_argument("--steps", type=int, help="default: 900 (clip), 6500 (autoencoder), 4000 (decoder)")
     args = parser.parse_args()
     if args.part == "clip":
         make_clip(args.work, args.output, args.steps or 900)
     elif args.part == "autoencoder":
-        make_autoencoder(args.work, args.output, args.steps or 4500)
+        make_autoencoder(args.work, args.output, args.steps or 6500)
+    elif args.part == "decoder":
+        make_decoder(args.work, args.output, args.steps or 4000)
     else:
         assemble(args.output)
 

@@ -202,8 +202,8 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[list[tuple[fl
         return [polygon((1.1 * r, 0.45 * r), 10, -math.pi / 2)]
     if shape == "cross":
         a = 0.34 * r
-        return [[(x - a, y - r), (x + a, y - r), (x + a, y - a), (x + r, y - a), (x + r, y + a), (x + a, y + a),
-                 (x + a, y + r), (x - a, y + r), (x - a, y + a), (x - r, y + a), (x - r, y - a), (x - a, y - a)]]  # fmt: skip
+        corners = [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a)]
+        return [[(x + dx, y + dy) for dx, dy in (*corners, *((-dx, -dy) for dx, dy in corners))]]
     raise ValueError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
 
 

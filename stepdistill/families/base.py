@@ -33,6 +33,7 @@ class ModelFamily(ABC):
         network_component: which component denoises, "unet" or "transformer".
         lora_targets: layers that get a LoRA unless a recipe names others.
         supports_lora_loading: whether the stock pipeline has `load_lora_weights`.
+        takes_latents: whether the stock pipeline has a `latents` argument.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class ModelFamily(ABC):
     network_component: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     supports_lora_loading: ClassVar[bool] = True
+    takes_latents: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any, path: str) -> None:
         self.pipeline = pipeline
@@ -55,15 +57,23 @@ class ModelFamily(ABC):
         return network
 
     @property
+    def network_config(self) -> Any:
+        """The Diffusers configuration of the denoising network."""
+        return self.pipeline.components[self.network_component].config
+
+    @property
     def device(self) -> torch.device:
         """Where the teacher lives."""
         return next(self.network().parameters()).device
 
     def plain_network(self) -> nn.Module:
         """A fresh network of the teacher's shape, on the teacher's device, to be filled with a state."""
-        network = self.network()
-        fresh: nn.Module = type(network).from_config(network.config)  # type: ignore[attr-defined]
-        return fresh.to(self.device, next(network.parameters()).dtype).requires_grad_(False).eval()
+        network: Any = self.network()
+        fresh: nn.Module = type(network).from_config(network.config)
+        dtype = next(network.parameters()).dtype
+        if next(fresh.parameters()).dtype != dtype:  # Diffusers warns about every cast, also one that changes nothing
+            fresh.to(dtype)
+        return fresh.to(self.device).requires_grad_(False).eval()
 
     def denoiser(self, weights: Weights | None = None) -> Denoiser:
         """A view of this architecture; without weights, of the teacher's own."""
@@ -87,7 +97,7 @@ class ModelFamily(ABC):
 
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latent for square images of `size` pixels; None: the teacher's own size."""
-        config = self.network().config  # type: ignore[attr-defined]
+        config = self.network_config
         side = int(config.sample_size) if size is None else size // self.vae_factor
         return int(config.in_channels), side, side
 
@@ -101,7 +111,7 @@ class ModelFamily(ABC):
         """(B, 3, H, W) in [-1, 1] => scaled latents, a draw from the posterior, as Stable Diffusion was trained."""
         vae = self.pipeline.vae
         latents: Tensor = vae.encode(images.to(self.device, vae.dtype)).latent_dist.sample()
-        return latents * vae.config.scaling_factor
+        return latents * float(vae.config.scaling_factor)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents => images (B, 3, H, W) in [0, 1]."""
@@ -129,8 +139,8 @@ def read_model_index(path: str) -> dict[str, Any]:
     for name, entry in content.items():
         used = isinstance(entry, list) and entry[1] is not None
         if used and name not in ("safety_checker", "feature_extractor") and not (folder / name).is_dir():
-            raise UserError(f"teacher: {path} lacks its component {name!r} ({entry[1]}), which model_index.json names; "
-                            f"copy the folder {name}/ there or save the pipeline again")  # fmt: skip
+            raise UserError(f"teacher: {path} lacks its component {name!r} ({entry[1]}), which model_index.json "
+                            f"names; copy the folder {name}/ there or save the pipeline again")  # fmt: skip
     return content
 
 

@@ -20,6 +20,7 @@ class DiT(ModelFamily):
     network_component = "transformer"
     lora_targets = (*ATTENTION_TARGETS, "ff.net.0.proj", "ff.net.2", "norm1.linear")
     supports_lora_loading = False  # the stock pipeline has no LoRA loader: students are exported merged
+    takes_latents = False
 
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         labels = condition.tensors["class_labels"]
@@ -30,14 +31,14 @@ class DiT(ModelFamily):
         return Condition({"class_labels": torch.tensor([self._label(p) for p in prompts], device=self.device)})
 
     def null_condition(self, count: int) -> Condition:
-        null = int(self.network().config.num_embeds_ada_norm)  # type: ignore[attr-defined]
+        null = int(self.network_config.num_embeds_ada_norm)
         return Condition({"class_labels": torch.full((count,), null, device=self.device)})
 
     def text_modules(self) -> dict[str, nn.Module]:
         return {}
 
     def _label(self, prompt: str) -> int:
-        classes = int(self.network().config.num_embeds_ada_norm)  # type: ignore[attr-defined]
+        classes = int(self.network_config.num_embeds_ada_norm)
         names: dict[str, int] = self.pipeline.labels
         label = int(prompt) if prompt.strip().isdigit() else names.get(prompt)
         if label is None or not 0 <= label < classes:

@@ -36,7 +36,9 @@ def renoise(denoiser: Denoiser, x0: Tensor, low: float, high: float) -> tuple[Te
     return add_noise(denoiser.schedule, x0, t, torch.randn_like(x0)), t
 
 
-def critic_denoising(critic: Denoiser, x0: Tensor, batch: Batch, *, drop: Tensor | None, signal_weight: bool) -> Tensor:
+def critic_denoising(
+    critic: Denoiser, x0: Tensor, batch: Batch, *, drop: Tensor | None, signal_weight: bool
+) -> Tensor:
     """The critic's loss: denoising of the student's samples over the whole range of times, a scalar.
 
     Args:

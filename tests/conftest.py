@@ -1,0 +1,53 @@
+"""Tiny teachers of the real classes, saved once per session and loaded afresh for whoever may change them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+
+if TYPE_CHECKING:
+    from stepdistill.families.base import ModelFamily
+
+
+def pytest_configure() -> None:
+    """One thread, here and in the processes that tests start.
+
+    Tiny tensors gain nothing from more, and on a busy machine threads that wait for each other make a run ten times
+    slower. torch reads the variable when it is imported, which has not happened yet.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A StableDiffusionPipeline with random weights; never written to."""
+    from tests.families.test_export import tiny_sd
+
+    return tiny_sd(tmp_path_factory.mktemp("teachers") / "sd")
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A DiTPipeline with random weights; never written to."""
+    from tests.families.test_export import tiny_dit
+
+    return tiny_dit(tmp_path_factory.mktemp("teachers") / "dit")
+
+
+@pytest.fixture
+def sd(sd_folder: str) -> ModelFamily:
+    """The tiny Stable Diffusion, freshly loaded: a test may put adapters on it."""
+    from stepdistill.families import load_family
+
+    return load_family(sd_folder)
+
+
+@pytest.fixture
+def dit(dit_folder: str) -> ModelFamily:
+    """The tiny DiT, freshly loaded."""
+    from stepdistill.families import load_family
+
+    return load_family(dit_folder)

@@ -1,0 +1,216 @@
+"""What the documentation says exists: commands, keys, options, symbols, links, and the cells marked as tested."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer.main
+import yaml
+from PIL import Image
+from pydantic import BaseModel
+
+import stepdistill
+from benchmarks import render_tables
+from stepdistill import Recipe
+from stepdistill.cli import app
+from stepdistill.families import FAMILIES
+from stepdistill.objectives import OBJECTIVES, resolve
+from stepdistill.recipe import PlayerConfig, StageConfig
+from stepdistill.run import train
+
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md")),
+             *sorted((ROOT / "examples").glob("*.md"))]  # fmt: skip
+PENDING = re.compile(r"<!-- pending results:([\w.-]+) -->\n")
+TESTED_CELLS = [
+    ("sd", "denoising", {}), ("sd", "vsd", {}), ("sd", "dmd2", {}),
+    ("sd", "dmd2", {"timesteps": [999, 749, 499, 249]}),
+    ("dit", "denoising", {}), ("dit", "vsd", {}), ("dit", "dmd2", {}),
+    ("dit", "dmd2", {"timesteps": [999, 749, 499, 249]}),
+]  # fmt: skip
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """(where, content) of every code block of a language."""
+    for document in DOCUMENTS:
+        for number, match in enumerate(re.finditer(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.M | re.S)):
+            if match[1] == language:
+                yield f"{document.relative_to(ROOT)}#{number}", match[2]
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(where, words) of every command in a bash block, without environment variables in front."""
+    for where, content in blocks("bash"):
+        for line in content.replace("\\\n", " ").splitlines():
+            for command in line.split("&&"):
+                words = shlex.split(command)
+                yield where, list(itertools.dropwhile(lambda word: re.match(r"^[A-Z]+=", word), words))
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands are meant to be typed in the checkout, those of own objectives with examples on Python's path."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+
+def test_the_readme_prints_the_two_commands_of_a_new_user() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert "pip install -e . && stepdistill train recipes/quickstart.yaml\n" in text
+    assert 'pip install -e ".[test]" && pytest\n' in text
+
+
+def test_every_command_in_the_documentation_is_understood() -> None:
+    found = list(commands())
+    assert len(found) > 20, "the documents have lost their commands"
+    for where, words in found:
+        if words[0] == "stepdistill":
+            check_own_command(where, words[1:])
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), f"{where}: there is no {words[1]}"
+        else:
+            assert words[0] in ("pip", "pytest"), f"{where}: unexpected command {' '.join(words)}"
+
+
+def check_own_command(where: str, words: list[str]) -> None:
+    group = typer.main.get_command(app)
+    command = group.commands[words[0]]  # type: ignore[attr-defined]
+    context = command.make_context(words[0], words[1:])  # a usage error for unknown options
+    if words[0] == "train":
+        Recipe.load(context.params["recipe"], context.params["overrides"] or []).resolved()
+    elif words[0] == "bench":
+        known = ("name", "steps", "guidance_scale", "lora", "scheduler", "precision")
+        keys = [pair.partition("=")[0] for text in context.params["models"] for pair in text.split(",")[1:]]
+        assert set(keys) <= set(known), f"{where}: unknown key of a model in {words}"
+
+
+def test_every_recipe_snippet_is_a_valid_part_of_a_recipe() -> None:
+    base = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
+    found = list(blocks("yaml"))
+    assert found, "the documents have lost their recipes"
+    for where, content in found:
+        Recipe.from_mapping({**base, **yaml.safe_load(content)}, source=where).resolved()
+
+
+def test_every_python_snippet_compiles_and_imports_what_exists() -> None:
+    found = list(blocks("python"))
+    assert len(found) > 5, "the documents have lost their snippets"
+    for where, content in found:
+        compile(content, where, "exec", dont_inherit=True)
+        for module, names in re.findall(r"^from ([\w.]+) import ([\w, ]+)$", content, re.M):
+            loaded = importlib.import_module(module)
+            for name in names.split(", "):
+                getattr(loaded, name)
+
+
+def test_the_objective_in_the_readme_is_the_one_in_the_examples() -> None:
+    ((_, shown),) = [b for b in blocks("python") if "class Regression" in b[1]]
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(shown, "README.md", "exec", dont_inherit=True), names)
+    example = importlib.import_module("own_objective").Regression
+    fields = [[(f.name, f.default) for f in dataclasses.fields(kind)] for kind in (names["Regression"], example)]
+    assert fields[0] == fields[1]
+    assert names["Regression"]().inference() == example().inference()
+
+
+def test_every_relative_link_leads_to_a_file() -> None:
+    missing = []
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+            if "://" in target or (document.parent / target).exists():
+                continue
+            # Pictures of results may be absent for as long as the results are.
+            if not (target.startswith("docs/images/") and PENDING.search(text)):
+                missing.append(f"{document.relative_to(ROOT)}: {target}")
+    assert not missing
+
+
+def test_every_symbol_that_is_named_with_its_file_exists() -> None:
+    found = [m for d in DOCUMENTS for m in re.findall(r"`stepdistill/([\w/]+)\.py:([\w.]+)`", d.read_text())]
+    assert len(found) > 20, "the documents have lost their references to the code"
+    for path, symbol in found:
+        target: Any = importlib.import_module("stepdistill." + path.replace("/", "."))
+        for name in symbol.split("."):
+            target = getattr(target, name)
+
+
+def test_the_map_of_the_code_names_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## Map of the code")[2].partition("```")[2].partition("```")[0]
+    lines = section.strip().splitlines()
+    assert len(lines) == 10
+    for line in lines:
+        first, *others = line.partition("  ")[0].split(", ")
+        for path in (first, *(o if o.startswith("stepdistill") else f"stepdistill/{o}" for o in others)):
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_every_option_of_an_objective_is_on_its_page(name: str) -> None:
+    page = (ROOT / f"docs/objectives/{name}.md").read_text()
+    assert [f.name for f in dataclasses.fields(resolve(name)) if f"`{f.name}`" not in page] == []
+    headings = re.findall(r"^## (.*)$", page, re.M)
+    assert headings == ["Idea in three sentences", "Equations and where they are in the code",
+                        "Recipe and its paper quotes", "Results", "What goes wrong"]  # fmt: skip
+
+
+def test_every_key_of_a_recipe_is_on_the_recipes_page() -> None:
+    page = (ROOT / "docs/recipes.md").read_text()
+    keys = [*Recipe.model_fields, *StageConfig.model_fields, *PlayerConfig.model_fields]
+    for name, field in Recipe.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += [key if name in ("data", "stages") else f"{name}.{key}" for key in kind.model_fields]
+    assert "bench.evaluator" in keys
+    assert "size" in keys
+    assert [key for key in keys if f"`{key}`" not in page] == []
+
+
+def test_no_table_of_results_is_stale_or_still_pending(capsys: pytest.CaptureFixture[str]) -> None:
+    assert render_tables.main(["--check"]) == 0, capsys.readouterr().out
+    names = [name for document in DOCUMENTS for name in PENDING.findall(document.read_text())]
+    measured = [name for name in names if (ROOT / f"benchmarks/results/{name}.json").is_file()]
+    assert measured == [], "take the word pending out of these markers and render the tables"
+
+
+def test_the_matrix_marks_as_tested_what_is_tested_here() -> None:
+    text = (ROOT / "README.md").read_text()
+    rows = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if line.startswith("| `")]
+    marked = {(row[0].split("`")[1], i) for row in rows for i, mark in enumerate(row[1:]) if mark != "untested"}
+    columns = {("denoising", 1): 0, ("vsd", 1): 1, ("dmd2", 1): 2, ("dmd2", 4): 3}
+    tested = {(family, columns[name, len(options.get("timesteps", [999]))]) for family, name, options in TESTED_CELLS}
+    assert marked == tested
+    assert {row[0].split("`")[3] for row in rows} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "objective", "options"), TESTED_CELLS)
+def test_a_family_trains_with_an_objective(
+    family: str, objective: str, options: dict[str, Any], sd_folder: str, dit_folder: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("1\n3\n")  # texts to the one, class numbers to the other
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16), (200, 40, 40)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("3")
+    content = {
+        "name": "tiny", "output": str(tmp_path / "run"), "device": "cpu",
+        "teacher": sd_folder if family == "sd" else dit_folder,
+        "data": {"prompts": str(tmp_path / "prompts.txt"), "images": str(tmp_path / "images"), "size": 16},
+        "stages": [{"objective": {"name": objective, **options}, "steps": 1, "batch_size": 2}],
+        "previews": None, "export": {"pipeline": False, "lora": False},
+    }  # fmt: skip
+    train(Recipe.from_mapping(content))
+    assert '"student/gradient_norm"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert [name for name in stepdistill.__all__ if getattr(stepdistill, name) is None] == []
