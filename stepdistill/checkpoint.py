@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import UserError
+from stepdistill.files import share
 
 
 PREFIX = "step-"
@@ -31,6 +32,7 @@ def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         write(temporary)
+        share(temporary)
         _flush(temporary)
         if folder.exists():
             shutil.rmtree(folder)

@@ -104,6 +104,8 @@ def train(
     from stepdistill.run import train as run_training
     from stepdistill.trainer import Interrupted
 
+    _hide_loading_bars()
+
     try:
         run_training(loaded, resume=resume, console=_console(quiet=quiet))
     except Interrupted:
@@ -146,6 +148,7 @@ def sample(
     from stepdistill.bench.generate import image_seed, load_pipeline
 
     called = _model_under_test(model, {"steps": steps, "guidance_scale": guidance_scale, "lora": lora})
+    _hide_loading_bars()
     pipeline = load_pipeline(called, device=_device("auto"))
     output.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(prompts):
@@ -188,6 +191,7 @@ def bench(
     from stepdistill.bench.benchmark import run_benchmark
     from stepdistill.bench.prompts import ShapesProtocol
 
+    _hide_loading_bars()
     protocol = ShapesProtocol(prompts=prompts, images_per_prompt=images_per_prompt, evaluator=evaluator)
     console = _console()
     with _progress(console) as tell:
@@ -262,6 +266,7 @@ def export(
         raise UserError(f"{run}: no run in this folder, it has no recipe.yaml; give the output folder of a training")
     from stepdistill.run import export as export_run
 
+    _hide_loading_bars()
     result = export_run(run, checkpoint, output)
     for folder in (result.pipeline, result.lora):
         if folder is not None:
@@ -338,6 +343,15 @@ def _console(*, quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(quiet=quiet)
+
+
+def _hide_loading_bars() -> None:
+    """Our own bars say what is going on; those of the libraries, one per component, would bury them."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 @contextmanager

@@ -76,9 +76,7 @@ def merged_network(family: ModelFamily, student: RoleState) -> nn.Module:
 
 
 @torch.no_grad()
-def check(
-    family: ModelFamily, network: nn.Module, spec: InferenceSpec, folder: Path, lora: Path | None
-) -> float:
+def check(family: ModelFamily, network: nn.Module, spec: InferenceSpec, folder: Path, lora: Path | None) -> float:
     """Largest difference between the student in memory and its export in a fresh process, images in [0, 1].
 
     Both sides compute on the CPU in float32, where equal operations give equal bits.
@@ -132,7 +130,7 @@ def _export_lora(
                                                          "untargeted": difference_state.untargeted})  # fmt: skip
 
 
-def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, display: Display) -> Report:
+def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, display: Display, device: str) -> Report:
     """Benchmarks teacher and student, prints the table, writes report/."""
     from stepdistill.bench.benchmark import Provenance, run_benchmark
     from stepdistill.bench.generate import ModelUnderTest
@@ -154,7 +152,7 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
     protocol = ShapesProtocol(config.prompts, config.images_per_prompt, evaluator=config.evaluator)
     with display.counting("measuring") as count:
         report = run_benchmark(
-            models, protocol=protocol, output=folder.report, batch_size=config.batch_size, seed=config.seed,
+            models, protocol=protocol, output=folder.report, device=device, batch_size=config.batch_size, seed=config.seed,
             on_progress=lambda p: count(p.done, p.total),
             provenance=Provenance(recipe.name, recipe.sha256),
         )  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.console import Display
+from stepdistill.errors import UserError
 from stepdistill.run_folder import RunFolder
 
 
@@ -71,6 +72,7 @@ class _Run:
     """One run in progress."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, display: Display) -> None:
+        import torch
         from accelerate import Accelerator
 
         from stepdistill.families import load_family
@@ -83,6 +85,10 @@ class _Run:
         ]
         for index, (stage, objective) in enumerate(zip(recipe.stages, self.objectives, strict=True)):
             stage.check_players(trained_roles(objective), recipe.where(f"stages.{index}"))
+        if recipe.device == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                f"{recipe.where('device')}: cuda was asked for, but torch sees no such device; use auto or cpu"
+            )
         precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
         self.accelerator: Accelerator = Accelerator(mixed_precision=precision, cpu=recipe.device == "cpu")
         display.say(f"loading {recipe.teacher}")
@@ -128,7 +134,7 @@ class _Run:
         stage, objective, recipe = self.recipe.stages[index], self.objectives[index], self.recipe
         cast = Cast(
             self.family, objective.roles(), lora=lora_settings(stage, objective, self.family), starts=starts,
-            checkpointing=stage.checkpointing,
+            checkpointing=stage.checkpointing, seed=recipe.seed,
         )  # fmt: skip
         self.display.roles(cast.summary())
         players = {name: build_player(name, cast, stage, objective, self.accelerator) for name in cast.trained}
@@ -176,9 +182,7 @@ def lora_settings(stage: StageConfig, objective: Objective, family: ModelFamily)
     return found
 
 
-def build_player(
-    name: str, cast: Cast, stage: StageConfig, objective: Objective, accelerator: Accelerator
-) -> Player:
+def build_player(name: str, cast: Cast, stage: StageConfig, objective: Objective, accelerator: Accelerator) -> Player:
     """A role's optimiser and so on, as the recipe says."""
     from stepdistill.player import Player, PlayerSettings
     from stepdistill.recipe import optimizer_class
@@ -214,7 +218,7 @@ def open_batches(
         conditions.build(count)
     latents: LatentCache | LatentsOnTheFly | None = None
     if data.images is not None and "images" in needs:
-        images = load_images(data.images, size=data.size)
+        images = load_images(data.images, size=data.size or family.image_size)
         if data.cache and data.count is not None:
             latents = LatentCache(folder.cache, family, images, data.count)
             with display.counting("encoding images") as count:
@@ -256,7 +260,7 @@ def finish(
     pipeline, lora = export_student(recipe, family, roles["student"], spec, folder, display)
     report = None
     if recipe.bench is not None and pipeline is not None:
-        report = measure(recipe, spec, folder, display)
+        report = measure(recipe, spec, folder, display, str(family.device))
     write_card(folder.path, recipe=recipe.model_dump(mode="json"), spec=spec, report=report,
                picture="report/samples.png" if report is not None else None)  # fmt: skip
     display.say(f"done: {folder.path}")

@@ -67,7 +67,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             record.write_text("#!/usr/bin/env -S stepdistill train\n" + recipe.to_yaml())
-            (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            (self.path / "environment.json").write_text(json.dumps(environment(recipe.device), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another output=...") from error
 
@@ -192,11 +192,13 @@ def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     return [] if a == b else [prefix]
 
 
-def environment() -> dict[str, Any]:
-    """What the run was made with."""
+def environment(device: str) -> dict[str, Any]:
+    """What the run was made with; `device` as the recipe says it."""
     import platform
+
+    import torch
 
     from stepdistill.bench.report import device_name, installed_versions
 
-    return {"python": platform.python_version(), "platform": platform.platform(), "device": device_name("cpu"),
+    return {"python": platform.python_version(), "platform": platform.platform(), "device": device_name("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"),
             "versions": installed_versions(), "arguments": sys.argv[1:]}  # fmt: skip

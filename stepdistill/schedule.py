@@ -74,14 +74,20 @@ class VPSchedule(NoiseSchedule):
     def __init__(self, alphas_cumprod: Tensor) -> None:
         table = alphas_cumprod.detach().double().cpu()
         angles = torch.atan2((1 - table).clamp(min=0).sqrt(), table.clamp(min=0).sqrt())
-        self._angles = torch.cat([torch.zeros(1, dtype=torch.float64), angles])
-        if not bool((self._angles.diff() > 0).all()):
+        self._on_device = {"cpu": torch.cat([torch.zeros(1, dtype=torch.float64), angles])}
+        if not bool((self._on_device["cpu"].diff() > 0).all()):
             raise UserError("the scheduler's alphas_cumprod must fall strictly; check its betas")
         self.num_train_timesteps = len(table)
 
+    def _angles(self, device: torch.device) -> Tensor:
+        """The table on a device, copied there once."""
+        if str(device) not in self._on_device:
+            self._on_device[str(device)] = self._on_device["cpu"].to(device)
+        return self._on_device[str(device)]
+
     def _theta(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Angle and its slope at `t`, float64, on the device of `t`."""
-        angles = self._angles.to(t.device)
+        angles = self._angles(t.device)
         place = t.double().clamp(0, 1) * self.num_train_timesteps
         # A knot's own index must come back without rounding noise, otherwise i / n * n may fall below i.
         place = torch.where((place - place.round()).abs() < 1e-9, place.round(), place)
@@ -112,7 +118,7 @@ class VPSchedule(NoiseSchedule):
         return (model_time.double() + 1) / self.num_train_timesteps
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        angles = self._angles.to(log_snr.device)
+        angles = self._angles(log_snr.device)
         theta = torch.atan(torch.exp(-0.5 * log_snr.double())).clamp(max=float(angles[-1]))
         right = torch.searchsorted(angles, theta.contiguous()).clamp(1, self.num_train_timesteps)
         low, high = angles[right - 1], angles[right]

@@ -192,9 +192,7 @@ class Trainer:
         seconds = sum(s for s, _ in self._pace)
         images = sum(n for _, n in self._pace) * self.accelerator.num_processes
         left = (self.settings.steps - self.step) * seconds / len(self._pace)
-        progress = Progress(
-            self.settings.stage, self.step, self.settings.steps, values, images / seconds, left
-        )
+        progress = Progress(self.settings.stage, self.step, self.settings.steps, values, images / seconds, left)
         if self.log is not None and self.accelerator.is_main_process:
             line = {"stage": self.settings.stage, "step": self.step, **values,
                     "images_per_second": progress.images_per_second}  # fmt: skip

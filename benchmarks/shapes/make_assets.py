@@ -206,7 +206,7 @@ def reconstruction(decoded: torch.Tensor, images: torch.Tensor, extra: float) ->
 def make_decoder(work: Path, output: Path, steps: int) -> None:
     """Trains the decoder alone for longer: the latents, and so every teacher trained on them, stay as they are."""
     torch.manual_seed(SEED)
-    model = AutoencoderKL.from_pretrained(output / "autoencoder", torch_dtype=torch.float32)
+    model = AutoencoderKL.from_pretrained(output / "autoencoder", dtype=torch.float32)
     model.to(memory_format=torch.channels_last).requires_grad_(False).eval()
     trained = torch.nn.ModuleDict({"decoder": model.decoder, "post_quant_conv": model.post_quant_conv})
     trained.requires_grad_(True).train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from stepdistill.condition import Condition
@@ -41,6 +42,7 @@ class Batches:
     num_processes: int = 1
     size: int | None = None
     drawn: dict[str, int] = field(default_factory=dict)
+    _null: Condition | None = field(default=None, init=False)
 
     def next(self, stream: str, count: int) -> Batch:
         """The next micro-batch of `count` samples of "prompts" or "images"."""
@@ -65,5 +67,7 @@ class Batches:
     def _batch(self, condition: Condition, latents: Tensor | None) -> Batch:
         device = self.family.device
         shape = self.family.latent_shape(self.size)
-        null = self.family.null_condition(len(condition))
+        if self._null is None:  # the same for every batch: the text encoder need not work for it again
+            self._null = self.family.null_condition(1).to(device)
+        null = self._null[torch.zeros(len(condition), dtype=torch.long, device=device)]
         return Batch(condition.to(device), null, shape, device, latents)

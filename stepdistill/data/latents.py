@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -115,8 +116,6 @@ class LatentCache:
             new.replace(stem.with_suffix(".safetensors"))
             new.write_text(json.dumps(captions))
             new.replace(stem.with_suffix(".json"))
-        except OSError as error:
-            raise UserError(f"{self.folder}: encoded images cannot be written ({error.strerror}); make room, or set "
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.folder}: encoded images cannot be written ({error}); make room, or set "
                             "data.cache: false") from error  # fmt: skip
-
-

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
+from stepdistill.files import share
 
 
 if TYPE_CHECKING:
@@ -295,6 +296,7 @@ def atomic_folder(folder: Path, *, marker: str) -> Iterator[Path]:
     try:
         new.mkdir(parents=True)
         yield new
+        share(new)
         if folder.exists():
             folder.replace(old)
         new.replace(folder)

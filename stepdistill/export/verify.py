@@ -26,7 +26,7 @@ import diffusers, torch
 from safetensors.torch import load_file, save_file
 
 job = json.loads(sys.argv[1])
-pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], torch_dtype=torch.float32)
+pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 if job["lora"]:
     pipe.load_lora_weights(job["lora"])

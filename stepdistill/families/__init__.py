@@ -44,7 +44,7 @@ def load_family(path: str, *, dtype: torch.dtype | None = None, device: str = "c
     optional = {"safety_checker": None, "feature_extractor": None} if name == "StableDiffusionPipeline" else {}
     try:
         pipeline = getattr(diffusers, name).from_pretrained(
-            path, torch_dtype=dtype or torch.float32, use_safetensors=True, **optional
+            path, dtype=dtype or torch.float32, use_safetensors=True, **optional
         )
     except (OSError, ValueError) as error:
         raise UserError(f"teacher: {path} could not be loaded: {str(error).splitlines()[0]}") from error

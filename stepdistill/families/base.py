@@ -46,7 +46,10 @@ class ModelFamily(ABC):
     def __init__(self, pipeline: Any, path: str) -> None:
         self.pipeline = pipeline
         self.path = path
-        self.schedule, self.kind = from_scheduler_config(pipeline.scheduler.config)
+        self.schedule, self.kind = from_scheduler_config(
+            # a scheduler made in memory does not name its class in its configuration
+            {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+        )
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -100,6 +103,11 @@ class ModelFamily(ABC):
         config = self.network_config
         side = int(config.sample_size) if size is None else size // self.vae_factor
         return int(config.in_channels), side, side
+
+    @property
+    def image_size(self) -> int:
+        """Side of the teacher's own images, in pixels."""
+        return self.latent_shape()[1] * self.vae_factor
 
     @property
     def vae_factor(self) -> int:

@@ -54,9 +54,7 @@ class Denoising:
         t = uniform_times(student.schedule, len(batch), low=self.t_min, high=self.t_max, device=batch.device)
         eps = torch.randn_like(x0)
         keep = torch.rand(len(batch), device=batch.device) >= self.condition_dropout
-        prediction = student(
-            add_noise(student.schedule, x0, t, eps), t, batch.condition.where(keep, batch.null)
-        )
+        prediction = student(add_noise(student.schedule, x0, t, eps), t, batch.condition.where(keep, batch.null))
         levels = Levels.at(student.schedule, t, x0)
         gamma = self.min_snr_gamma
         weight = None if gamma is None else min_snr_weight(levels, student.kind, gamma)

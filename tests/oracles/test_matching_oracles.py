@@ -21,12 +21,12 @@ ALPHA, SIGMA = 0.8, 0.6
 V_P, V_Q = ALPHA**2 * S**2 + SIGMA**2, ALPHA**2 * A**2 + SIGMA**2
 
 
-def constant(value: float):  # noqa: ANN201 - a test's helper
+def constant(value: float):
     return lambda condition: torch.full((len(condition),), value, dtype=torch.float64)
 
 
 @pytest.fixture
-def chosen_noise(monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+def chosen_noise(monkeypatch: pytest.MonkeyPatch):
     """Makes every fresh noise the given eps."""
 
     def choose(eps: Tensor) -> None:
@@ -203,7 +203,7 @@ def test_backward_simulation_feeds_the_drawn_step_with_the_right_distribution() 
     student = linear_student(network)
     call = student._call
 
-    def recording(module, x_t, model_time, condition):  # noqa: ANN001, ANN202
+    def recording(module, x_t, model_time, condition):
         seen.append((model_time[0].item(), x_t.detach(), torch.is_grad_enabled()))
         return call(module, x_t, model_time, condition)
 
@@ -267,7 +267,7 @@ def test_the_critic_loss_weight_does_not_move_its_optimum() -> None:
         critic.kind = "epsilon"
         optimizer = torch.optim.LBFGS(network.parameters(), max_iter=200, tolerance_grad=1e-12)
 
-        def closure():  # noqa: ANN202, B023
+        def closure():
             torch.manual_seed(9)
             optimizer.zero_grad()  # noqa: B023
             loss = critic_denoising(critic, x0, batch_of(x0), drop=None, signal_weight=weighted)  # noqa: B023
