@@ -140,7 +140,7 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
     assert config is not None, "the caller asks only if the recipe does"
     steps, guidance = config.teacher_steps, config.teacher_guidance
     teacher = ModelUnderTest(f"teacher, {steps} steps", recipe.teacher, steps, guidance)
-    seconds = folder.progress().seconds
+    seconds = folder.train_seconds()
     path = str(folder.pipeline)
     if spec is None:
         models = [ModelUnderTest(f"{recipe.name}, {steps} steps", path, steps, guidance, train_seconds=seconds)]
@@ -152,7 +152,8 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
     protocol = ShapesProtocol(config.prompts, config.images_per_prompt, evaluator=config.evaluator)
     with display.counting("measuring") as count:
         report = run_benchmark(
-            models, protocol=protocol, output=folder.report, device=device, batch_size=config.batch_size, seed=config.seed,
+            models, protocol=protocol, output=folder.report, device=device,
+            batch_size=config.batch_size, seed=config.seed,
             on_progress=lambda p: count(p.done, p.total),
             provenance=Provenance(recipe.name, recipe.sha256),
         )  # fmt: skip

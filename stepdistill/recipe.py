@@ -143,6 +143,7 @@ class StageConfig(Section):
     accumulate: Count = 1
     checkpointing: bool = False
     players: Mapping[Text, PlayerConfig] = Field(default_factory=dict)
+    starts: Mapping[Text, Text] = Field(default_factory=dict)
 
     @field_validator("players")
     @classmethod
@@ -159,11 +160,12 @@ class StageConfig(Section):
         """How ``role`` is trained: its own entry, or the one called ``default``."""
         return self.players.get(role, self.players["default"])
 
-    def check_players(self, roles: Collection[str], where: str) -> None:
-        """Raises UserError when ``players`` names a role that the objective does not train."""
-        for role in self.players:
-            if role not in ("default", *roles):
-                raise UserError(f"{where}.players.{role}: unknown role; {nearest(role, ['default', *roles])}")
+    def check_roles(self, roles: Collection[str], where: str) -> None:
+        """Raises UserError when ``players`` or ``starts`` names a role that the objective does not train."""
+        for key, named, known in (("players", self.players, ["default", *roles]), ("starts", self.starts, [*roles])):
+            for role in named:
+                if role not in known:
+                    raise UserError(f"{where}.{key}.{role}: unknown role; {nearest(role, known)}")
 
 
 class DataConfig(Section):

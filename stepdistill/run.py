@@ -7,7 +7,6 @@ Everything here is composition; the loop is in `trainer.py`, the rules are in `o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +83,7 @@ class _Run:
             for index, stage in enumerate(recipe.stages)
         ]
         for index, (stage, objective) in enumerate(zip(recipe.stages, self.objectives, strict=True)):
-            stage.check_players(trained_roles(objective), recipe.where(f"stages.{index}"))
+            stage.check_roles(trained_roles(objective), recipe.where(f"stages.{index}"))
         if recipe.device == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 f"{recipe.where('device')}: cuda was asked for, but torch sees no such device; use auto or cpu"
@@ -97,9 +96,9 @@ class _Run:
 
     def play(self) -> RunResult:
         """All stages that are not finished yet, then export, measurement and model card."""
-        progress = self.folder.progress()
-        starts = self.folder.load_roles(progress.stages_done - 1) if progress.stages_done else {}
-        for index in range(progress.stages_done, len(self.recipe.stages)):
+        done = self.folder.stages_done()
+        starts = self.folder.load_roles(done - 1) if done else {}
+        for index in range(done, len(self.recipe.stages)):
             self.batches = self.batches or open_batches(self.recipe, self.family, self.folder, self.accelerator,
                                                         self.display)  # fmt: skip
             starts = {**starts, **self._play_stage(index, starts)}
@@ -116,10 +115,8 @@ class _Run:
             trainer.resume(roles, state)
             self.display.say(f"going on from step {trainer.step} of stage {index + 1}")
         self.folder.truncate_log(index, trainer.step)
-        began = time.monotonic()
         with self.display.training(f"stage {index + 1}: {self.recipe.stages[index].objective.name}"):
             trainer.run()
-        self.folder.add_seconds(time.monotonic() - began)
         result = {}
         for name, player in trainer.players.items():
             with player.averaged():
@@ -133,8 +130,8 @@ class _Run:
 
         stage, objective, recipe = self.recipe.stages[index], self.objectives[index], self.recipe
         cast = Cast(
-            self.family, objective.roles(), lora=lora_settings(stage, objective, self.family), starts=starts,
-            checkpointing=stage.checkpointing, seed=recipe.seed,
+            self.family, objective.roles(), lora=lora_settings(stage, objective, self.family),
+            starts=resolve_starts(stage, starts), checkpointing=stage.checkpointing, seed=recipe.seed,
         )  # fmt: skip
         self.display.roles(cast.summary())
         players = {name: build_player(name, cast, stage, objective, self.accelerator) for name in cast.trained}
@@ -161,6 +158,21 @@ class _Run:
 
         trainer.on_step = on_step
         return trainer, cast
+
+
+def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState]) -> dict[str, RoleState]:
+    """Where a stage's roles start from: "previous" (the default), "teacher", or a Diffusers folder or hub id."""
+    from stepdistill.cast import RoleState
+    from stepdistill.families import load_family
+
+    starts = dict(before)
+    for role, source in stage.starts.items():
+        if source == "teacher":
+            starts.pop(role, None)
+        elif source != "previous":
+            network = load_family(source).network()
+            starts[role] = RoleState(None, {name: p.detach() for name, p in network.named_parameters()})
+    return starts
 
 
 def trained_roles(objective: Objective) -> list[str]:

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +18,6 @@ if TYPE_CHECKING:
     from stepdistill.cast import RoleState
     from stepdistill.families.base import ModelFamily
     from stepdistill.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class RunProgress:
-    """How far a run has come: whole stages, and seconds of training so far."""
-
-    stages_done: int
-    seconds: float
 
 
 class RunFolder:
@@ -62,7 +53,7 @@ class RunFolder:
             self._check_same(recipe, record)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another folder with output=...")
-        if resume and not (self.checkpoints.steps() or self.progress().stages_done):
+        if resume and not (self.checkpoints.steps() or self.stages_done()):
             raise UserError(f"{self.path} holds no checkpoint to resume from; start without --resume")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -71,16 +62,15 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another output=...") from error
 
-    def progress(self) -> RunProgress:
-        """From the run's own record."""
-        file = self.path / "progress.json"
-        content = json.loads(file.read_text()) if file.is_file() else {}
-        return RunProgress(int(content.get("stages_done", 0)), float(content.get("seconds", 0.0)))
+    def stages_done(self) -> int:
+        """How many whole stages lie behind the run."""
+        found = self.checkpoints.folder.glob("stage-*")
+        return 1 + max((int(path.name.removeprefix("stage-")) for path in found), default=-1)
 
-    def add_seconds(self, seconds: float) -> None:
-        """Counts training time."""
-        now = self.progress()
-        self._record(RunProgress(now.stages_done, now.seconds + seconds))
+    def train_seconds(self) -> float:
+        """Time spent in iterations, over all sessions of the run."""
+        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        return float(sum(json.loads(line)["seconds"] for line in lines if line.endswith("}")))
 
     def save_roles(self, stage: int, roles: Mapping[str, RoleState]) -> None:
         """Keeps the weights that a stage ended with."""
@@ -88,7 +78,6 @@ class RunFolder:
 
         tree = {name: {"lora": _lora_tree(state), "tensors": dict(state.tensors)} for name, state in roles.items()}
         write_atomically(self._stage(stage), lambda target: save_tree(tree, target / "roles"))
-        self._record(RunProgress(stage + 1, self.progress().seconds))
 
     def load_roles(self, stage: int) -> dict[str, RoleState]:
         """The weights that a stage ended with."""
@@ -127,7 +116,7 @@ class RunFolder:
 
         last = len(recipe.stages) - 1
         if checkpoint is None:
-            if self.progress().stages_done <= last:
+            if self.stages_done() <= last:
                 raise UserError(f"{self.path} is not finished; run its recipe again, or name one of its checkpoints: "
                                 f"{', '.join(map(str, self.checkpoints.steps())) or 'none yet'}")  # fmt: skip
             return self.load_roles(last), last
@@ -145,11 +134,6 @@ class RunFolder:
 
     def _stage(self, stage: int) -> Path:
         return self.checkpoints.folder / f"stage-{stage}"
-
-    def _record(self, progress: RunProgress) -> None:
-        new = self.path / ".progress.json.new"
-        new.write_text(json.dumps({"stages_done": progress.stages_done, "seconds": progress.seconds}))
-        new.replace(self.path / "progress.json")
 
     def _check_same(self, recipe: Recipe, record: Path) -> None:
         from stepdistill.recipe import Recipe
@@ -200,5 +184,6 @@ def environment(device: str) -> dict[str, Any]:
 
     from stepdistill.bench.report import device_name, installed_versions
 
-    return {"python": platform.python_version(), "platform": platform.platform(), "device": device_name("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"),
+    used = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return {"python": platform.python_version(), "platform": platform.platform(), "device": device_name(used),
             "versions": installed_versions(), "arguments": sys.argv[1:]}  # fmt: skip

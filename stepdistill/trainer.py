@@ -195,7 +195,7 @@ class Trainer:
         progress = Progress(self.settings.stage, self.step, self.settings.steps, values, images / seconds, left)
         if self.log is not None and self.accelerator.is_main_process:
             line = {"stage": self.settings.stage, "step": self.step, **values,
-                    "images_per_second": progress.images_per_second}  # fmt: skip
+                    "seconds": self._pace[-1][0], "images_per_second": progress.images_per_second}  # fmt: skip
             with self.log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         if self.on_step is not None:

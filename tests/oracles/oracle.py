@@ -106,7 +106,7 @@ def label(condition: Condition) -> Tensor:
 
 
 def four_signs() -> tuple[Tensor, Tensor]:
-    """(z, eps) in {-1, 1}^2, each (4, 1): expectations of quadratic functions over it are exactly those over N(0, 1)."""
+    """(z, eps) in {-1, 1}^2, each (4, 1): a quadratic function has the same mean over them as over N(0, 1)."""
     z = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)[:, None]
     eps = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)[:, None]
     return z, eps

@@ -92,7 +92,8 @@ def test_a_mistake_is_one_line_with_file_key_and_remedy(write: Any, wrong: str, 
 def test_two_mistakes_are_two_lines(write: Any) -> None:
     assert mistakes(write(MINIMAL.replace("    steps: 10", "    zzz: 10\n    batch_sise: 4"))) == [
         "x.yaml: stages.0.steps: missing; this key has no default",
-        "x.yaml: stages.0.zzz: unknown key; valid: objective, steps, batch_size, accumulate, checkpointing, players",
+        "x.yaml: stages.0.zzz: unknown key; valid: objective, steps, batch_size, accumulate, checkpointing, players, "
+        "starts",
         "x.yaml: stages.0.batch_sise: unknown key; did you mean 'batch_size'?",
     ]
 
@@ -228,9 +229,9 @@ def test_players_take_what_they_do_not_say_from_the_default(write: Any) -> None:
 
 def test_players_of_roles_that_are_not_trained_are_refused(write: Any) -> None:
     recipe = load(write(MINIMAL + "    players: {studnet: {ema: 0.9}}\n"))
-    recipe.stages[0].check_players(["studnet"], "x")
+    recipe.stages[0].check_roles(["studnet"], "x")
     with pytest.raises(UserError, match=r"stages\.0\.players\.studnet: unknown role; did you mean 'student'\?"):
-        recipe.stages[0].check_players(["student", "critic"], recipe.where("stages.0"))
+        recipe.stages[0].check_roles(["student", "critic"], recipe.where("stages.0"))
 
 
 def test_the_resolved_yaml_reads_back_to_the_same_recipe(write: Any) -> None:
@@ -351,7 +352,7 @@ def test_every_bundled_recipe_is_complete_and_plays_a_known_objective(name: str)
     assert Recipe.from_mapping(parse_yaml(resolved.to_yaml(), name), source=recipe.source) == resolved
     for index, stage in enumerate(recipe.stages):
         objective = build_objective(stage.objective, recipe.where(f"stages.{index}.objective"))
-        stage.check_players(list(objective.roles()), recipe.where(f"stages.{index}"))
+        stage.check_roles(list(objective.roles()), recipe.where(f"stages.{index}"))
         for role, player in stage.players.items():
             assert isinstance(player, PlayerConfig)
             optimizer_class(player.optimizer, f"{name}: {role}")

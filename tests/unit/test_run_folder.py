@@ -112,14 +112,20 @@ def test_the_weights_of_a_stage_come_back_with_their_settings(tmp_path: Path) ->
         "student": RoleState(LoraSettings(2, 4.0, ("to_q", "conv1")), {"a": torch.randn(3)}),
         "critic": RoleState(None, {"b": torch.randn(2)}),
     }
-    folder.add_seconds(1.5)
+    assert folder.stages_done() == 0
     folder.save_roles(0, states)
-    folder.add_seconds(2.0)
     back = folder.load_roles(0)
     assert back["student"].lora == states["student"].lora
     assert back["critic"].lora is None
     assert torch.equal(back["student"].tensors["a"], states["student"].tensors["a"])
-    assert (folder.progress().stages_done, folder.progress().seconds) == (1, 3.5)
+    assert folder.stages_done() == 1
+
+
+def test_training_time_is_summed_over_sessions_from_the_log(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.train_seconds() == 0.0
+    folder.log.write_text('{"stage": 0, "step": 1, "seconds": 1.5}\n{"stage": 0, "step": 2, "seconds": 2.0}\n{"sta')
+    assert folder.train_seconds() == 3.5
 
 
 def test_a_checkpoint_of_another_stage_is_not_gone_on_from(tmp_path: Path) -> None:
