@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.files import share
+from stepdistill.files import replacing
 
 
 PREFIX = "step-"
@@ -27,32 +26,15 @@ def write_atomically(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         UserError: the disk is full or not writable; says that what was there before is intact.
     """
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        share(temporary)
-        _flush(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        with replacing(folder) as temporary:
+            write(temporary)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{folder} could not be written ({reason}); what was saved before is intact: "
-                        "make room and run the same command again to go on from it") from error  # fmt: skip
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _flush(folder: Path) -> None:
-    """Forces the files to disk before the rename, so that a power cut cannot leave a renamed but empty checkpoint."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        raise UserError(
+            f"{folder} could not be written ({reason}); what was saved before is intact: "
+            "make room and run the same command again to go on from it"
+        ) from error
 
 
 def save_tree(tree: Any, stem: Path) -> None:

@@ -1,13 +1,44 @@
-"""Small helpers for files that several parts of the package write."""
+"""Folders that appear at once or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def share(folder: Path) -> None:
-    """Gives every file below `folder` the permissions that the user's umask grants to new files.
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Gives a new sibling of `folder` to write into and puts it in place when the block ends without an error.
+
+    An error leaves nothing behind, and what stood at `folder` stays as it was. What a killed process left of an
+    earlier attempt is cleared away.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
+    if old.exists() and not folder.exists():  # killed between the two renames
+        old.rename(folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        _share(new)
+        _flush(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Gives every file the permissions that the user's umask grants to new files.
 
     safetensors writes through a private temporary file, and its renamed result would be readable by its owner alone.
     """
@@ -16,3 +47,11 @@ def share(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o666 & ~umask)
+
+
+def _flush(folder: Path) -> None:
+    """Forces the files to disk before the rename, so that a power cut cannot leave a renamed but empty file."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())

@@ -14,14 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -40,6 +43,7 @@ MAX_TOKENS = 24  # the longest caption has 21 words
 TEXT_WIDTH = 128
 SEED = 20260101
 CLIP_DATA_SEED, VAE_DATA_SEED = 11, 12  # the teacher's recipe and the benchmark use others
+LossOf = Callable[[int, torch.Tensor, list[str]], torch.Tensor]  # step, images, captions => loss
 FORMS_FIRST = 1500  # autoencoder steps before the objects get more weight
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -98,10 +102,19 @@ def unet() -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def batch(seed: int, start: int, count: int, keep: float = 0.7) -> tuple[torch.Tensor, list[str]]:
-    """`count` scenes from `start` on => images (B, 3, 64, 64) in [-1, 1], captions."""
-    scenes = [shapes.captioned_scene(seed, start + i, keep=keep) for i in range(count)]
-    return shapes.to_tensor([shapes.render(s.scene) for s in scenes]), [s.caption for s in scenes]
+@dataclass(frozen=True)
+class Scenes(Dataset[tuple[torch.Tensor, list[str]]]):
+    """Item `step` is that step's batch: images (B, 3, 64, 64) in [-1, 1] and captions."""
+
+    seed: int
+    count: int
+    full_captions: bool = False  # name everything at every other step, so that fine distinctions are asked for
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, list[str]]:
+        keep = 1.0 if self.full_captions and step % 2 == 0 else 0.7
+        start = step * self.count
+        scenes = [shapes.captioned_scene(self.seed, start + i, keep=keep) for i in range(self.count)]
+        return shapes.to_tensor([shapes.render(s.scene) for s in scenes]), [s.caption for s in scenes]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -110,9 +123,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100) * (0.505 + 0.495 * math.cos(math.pi * decay))
 
 
-def fit(
-    model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], *, steps: int, peak: float, work: Path
-) -> None:
+def fit(model: torch.nn.Module, loss_of: LossOf, scenes: Scenes, *, steps: int, peak: float, work: Path) -> None:
     """Adam with the schedule above, a resumable checkpoint every 250 steps and a line of log every 50."""
     work.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -127,12 +138,16 @@ def fit(
             moment["step"] = torch.tensor(float(first))
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    device = next(model.parameters()).device
+    # Rendering costs as much as a small network's step; with spare cores it happens beside it.
+    spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
+    batches = DataLoader(scenes, batch_size=None, sampler=range(first, steps), num_workers=min(spare, 12))
     began = time.monotonic()
-    for step in range(first, steps):
+    for step, (images, captions) in zip(range(first, steps), batches, strict=True):
         torch.manual_seed(SEED + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        loss = loss_of(step)
+        loss = loss_of(step, images.to(device), captions)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,23 +163,23 @@ def fit(
                 for m in ("exp_avg", "exp_avg_sq"):
                     state[f"{m}.{name}"] = optimizer.state[parameter][m].contiguous()
             state["step"] = torch.tensor(step + 1)
+            state = {name: tensor.cpu() for name, tensor in state.items()}
             save_file(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
 
 
-def make_clip(work: Path, output: Path, steps: int) -> None:
+def make_clip(work: Path, output: Path, steps: int, device: str) -> None:
     """Contrastive training; half of the captions name everything, so that fine distinctions are asked for."""
     tokenizer = train_tokenizer(output / "clip")
     torch.manual_seed(SEED)
-    model = CLIPModel(clip_config(tokenizer)).train()
-    count = 192
+    model = CLIPModel(clip_config(tokenizer)).to(device).train()
 
-    def loss_of(step: int) -> torch.Tensor:
-        images, captions = batch(CLIP_DATA_SEED, step * count, count, keep=0.7 if step % 2 else 1.0)
+    def loss_of(step: int, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
-        return model(pixel_values=images, input_ids=tokens.input_ids, return_loss=True).loss
+        return model(pixel_values=images, input_ids=tokens.input_ids.to(device), return_loss=True).loss
 
-    fit(model, loss_of, steps=steps, peak=1e-3, work=work / "clip")
+    scenes = Scenes(CLIP_DATA_SEED, 192, full_captions=True)
+    fit(model, loss_of, scenes, steps=steps, peak=1e-3, work=work / "clip")
     model.eval().half().save_pretrained(output / "clip")
     processor = CLIPImageProcessor(
         size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
@@ -172,29 +187,27 @@ def make_clip(work: Path, output: Path, steps: int) -> None:
     processor.save_pretrained(output / "clip")
 
 
-def foreground(images: torch.Tensor) -> torch.Tensor:
-    """Where the objects are: (B, 3, H, W) => (B, 1, H, W) of 0 and 1. The top left pixel is always background."""
-    return ((images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
-
-
-def make_autoencoder(work: Path, output: Path, steps: int) -> None:
+def make_autoencoder(work: Path, output: Path, steps: int, device: str) -> None:
     """Squared and absolute error with a light Kullback-Leibler term; latents are then normalised per channel."""
     torch.manual_seed(SEED)
-    model = autoencoder().to(memory_format=torch.channels_last).train()
-    count = 16
+    model = autoencoder().to(device, memory_format=torch.channels_last).train()
 
-    def loss_of(step: int) -> torch.Tensor:
-        images, _ = batch(VAE_DATA_SEED, step * count, count)
+    def loss_of(step: int, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         posterior = model.encode(images).latent_dist
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         # Objects cover a tenth of the pixels, and their colours come last: once the forms are there, they count more.
         extra = 5.0 if step >= FORMS_FIRST else 0.0
         return reconstruction(model.decode(posterior.sample()).sample, images, extra) + 2e-4 * kl
 
-    fit(model, loss_of, steps=steps, peak=2e-3, work=work / "autoencoder")
+    fit(model, loss_of, Scenes(VAE_DATA_SEED, 16), steps=steps, peak=2e-3, work=work / "autoencoder")
     model.eval()
     normalise_latents(model)
     model.half().save_pretrained(output / "autoencoder")
+
+
+def foreground(images: torch.Tensor) -> torch.Tensor:
+    """Where the objects are: (B, 3, H, W) => (B, 1, H, W) of 0 and 1. The top left pixel is always background."""
+    return ((images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1).float()
 
 
 def reconstruction(decoded: torch.Tensor, images: torch.Tensor, extra: float) -> torch.Tensor:
@@ -203,23 +216,21 @@ def reconstruction(decoded: torch.Tensor, images: torch.Tensor, extra: float) ->
     return ((1 + extra * foreground(images)) * (error.square() + 0.1 * error.abs())).mean()
 
 
-def make_decoder(work: Path, output: Path, steps: int) -> None:
+def make_decoder(work: Path, output: Path, steps: int, device: str) -> None:
     """Trains the decoder alone for longer: the latents, and so every teacher trained on them, stay as they are."""
     torch.manual_seed(SEED)
     model = AutoencoderKL.from_pretrained(output / "autoencoder", dtype=torch.float32)
-    model.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+    model.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     trained = torch.nn.ModuleDict({"decoder": model.decoder, "post_quant_conv": model.post_quant_conv})
     trained.requires_grad_(True).train()
-    count = 16
 
-    def loss_of(step: int) -> torch.Tensor:
-        images, _ = batch(VAE_DATA_SEED + 2, step * count, count)
+    def loss_of(step: int, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
         with torch.no_grad():
             latents = model.encode(images).latent_dist.sample()
         return reconstruction(model.decode(latents).sample, images, 5.0)
 
-    fit(trained, loss_of, steps=steps, peak=1e-3, work=work / "decoder")
-    model.eval().half().save_pretrained(output / "autoencoder-sharper")
+    fit(trained, loss_of, Scenes(VAE_DATA_SEED + 2, 16), steps=steps, peak=1e-3, work=work / "decoder")
+    model.eval().half().save_pretrained(output / "decoder")
 
 
 @torch.no_grad()
@@ -228,20 +239,20 @@ def normalise_latents(model: AutoencoderKL, count: int = 2000) -> None:
 
     StableDiffusionPipeline knows one scaling factor and no shift, so the weights must carry the rest.
     """
-    latents = torch.cat([model.encode(batch(VAE_DATA_SEED + 1, i, 100)[0]).latent_dist.mean
-                         for i in range(0, count, 100)])  # fmt: skip
+    scenes, device = Scenes(VAE_DATA_SEED + 1, 100), model.device
+    latents = torch.cat([model.encode(scenes[i][0].to(device)).latent_dist.mean for i in range(count // 100)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    zeros = torch.zeros_like(mean)
     scale, shift = torch.cat([1 / std, torch.ones_like(std)]), torch.cat([-mean / std, -2 * std.log()])
     model.quant_conv.weight.mul_(scale[:, None, None, None])
     model.quant_conv.bias.mul_(scale).add_(shift)
-    model.post_quant_conv.bias.add_(model.post_quant_conv.weight[:, :, 0, 0] @ (mean + zeros))
+    model.post_quant_conv.bias.add_(model.post_quant_conv.weight[:, :, 0, 0] @ mean)
     model.post_quant_conv.weight.mul_(std[None, :, None, None])
     model.register_to_config(scaling_factor=1.0)
 
 
 def assemble(output: Path) -> None:
     """Puts the parts together as a StableDiffusionPipeline whose UNet is still untrained."""
+    vae = output / ("decoder" if (output / "decoder").is_dir() else "autoencoder")
     clip, tokenizer = CLIPModel.from_pretrained(output / "clip"), CLIPTokenizer.from_pretrained(output / "clip")
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict(), strict=False)
@@ -251,7 +262,7 @@ def assemble(output: Path) -> None:
         clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
     )  # fmt: skip
     StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(output / "autoencoder"), text_encoder=text_encoder, tokenizer=tokenizer,
+        vae=AutoencoderKL.from_pretrained(vae), text_encoder=text_encoder, tokenizer=tokenizer,
         unet=unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).to(torch.float16).save_pretrained(output / "untrained")  # fmt: skip
 
@@ -262,15 +273,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs/shapes-assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/shapes-assets/work")
     parser.add_argument("--steps", type=int, help="default: 900 (clip), 6500 (autoencoder), 4000 (decoder)")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    if args.part == "clip":
-        make_clip(args.work, args.output, args.steps or 900)
-    elif args.part == "autoencoder":
-        make_autoencoder(args.work, args.output, args.steps or 6500)
-    elif args.part == "decoder":
-        make_decoder(args.work, args.output, args.steps or 4000)
-    else:
+    if args.part == "assemble":
         assemble(args.output)
+        return
+    make, steps = {"clip": (make_clip, 900), "autoencoder": (make_autoencoder, 6500), "decoder": (make_decoder, 4000)}[
+        args.part
+    ]
+    make(args.work, args.output, args.steps or steps, args.device)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
-from stepdistill.files import share
+from stepdistill.files import replacing
 
 
 if TYPE_CHECKING:
@@ -291,23 +289,13 @@ def atomic_folder(folder: Path, *, marker: str) -> Iterator[Path]:
     """
     if folder.exists() and not (folder / marker).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: holds something that is not an export; name another folder or move it away")
-    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    old = new.with_name(f"{new.name}.old")
     try:
-        new.mkdir(parents=True)
-        yield new
-        share(new)
-        if folder.exists():
-            folder.replace(old)
-        new.replace(folder)
+        with replacing(folder) as new:
+            yield new
     except BaseException as error:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        shutil.rmtree(new, ignore_errors=True)
         if _is_disk_error(error):
             raise UserError(f"{folder}: could not be written ({error}); check free space and permissions") from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_disk_error(error: BaseException) -> bool:

@@ -161,3 +161,25 @@ def test_a_checkpoint_without_its_state_is_named(tmp_path: Path, file: str) -> N
     (checkpoints.save(5, roles(), {"step": 5}) / file).unlink()
     with pytest.raises(UserError, match=r"step-0000005 is damaged"):
         checkpoints.load(5)
+
+
+def test_written_files_have_the_permissions_that_the_umask_grants(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    folder = checkpoints.save(1, {"student": {"a": torch.zeros(2)}}, {})
+    reference = tmp_path / "reference"
+    reference.write_text("")
+    for file in folder.iterdir():
+        assert file.stat().st_mode == reference.stat().st_mode, file.name
+
+
+def test_a_folder_lost_between_two_renames_comes_back(tmp_path: Path) -> None:
+    from stepdistill.files import replacing
+
+    old = tmp_path / ".x.old"
+    old.mkdir()
+    (old / "kept").write_text("kept")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "x") as new:
+        (new / "half").write_text("half")
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["kept"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
