@@ -51,7 +51,9 @@ def trainer_of(args: argparse.Namespace) -> Trainer:
     objective = DMD2(guidance=3.0, critic_updates=args.critic_updates)
     settings = LoraSettings(args.rank, args.rank, family.lora_targets)
     lora = {"student": settings, "critic": settings} if args.lora else {}
-    cast, accelerator = Cast(family, objective.roles(), lora=lora), Accelerator(cpu=args.device == "cpu")
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    family.pipeline.to(accelerator.device)
+    cast = Cast(family, objective.roles(), lora=lora)
     player = PlayerSettings(torch.optim.AdamW, {"lr": 1e-5})
     players = {name: Player(name, cast.parameters(name), player, accelerator) for name in cast.trained}
     prompts = load_prompts("shapes", count=256)
@@ -63,7 +65,7 @@ def bare_passes(trainer: Trainer, args: argparse.Namespace) -> Callable[[], None
     """The passes that the algorithm needs, on the trainer's own networks, with nothing around them."""
     cast, count = trainer.cast, args.batch_size
     batch = trainer.batches.next("prompts", count)
-    t = torch.full((count,), 500.0)
+    t = torch.full((count,), 500.0, device=batch.device)
     family = cast.family
 
     def call(role: str, rows: int = 1) -> torch.Tensor:
@@ -89,6 +91,33 @@ def bare_passes(trainer: Trainer, args: argparse.Namespace) -> Callable[[], None
     return passes
 
 
+def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+    """How long one call takes, until the device has done all of it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    """A row of the results: iteration and bare passes in turns, so that both meet the same machine."""
+    trainer = trainer_of(args)
+    passes, device = bare_passes(trainer, args), trainer.cast.family.device
+    trainer._iterate()
+    passes()
+    rounds = [(seconds_of(trainer._iterate, device), seconds_of(passes, device)) for _ in range(args.rounds)]
+    return {
+        "model": f"dmd2, {'LoRA' if args.lora else 'full'}",
+        "batch_size": args.batch_size,
+        "critic_updates": args.critic_updates,
+        "seconds_per_iteration": statistics.median(a for a, _ in rounds),
+        "seconds_of_bare_passes": statistics.median(b for _, b in rounds),
+        "ratio": statistics.median(a / b for a, b in rounds),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="assets/shapes/teacher")
@@ -100,22 +129,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/iteration_overhead.json"))
     args = parser.parse_args()
-    trainer = trainer_of(args)
-    passes = bare_passes(trainer, args)
-    seconds: dict[str, list[float]] = {"iteration": [], "passes": []}
-    trainer._iterate()
-    passes()
-    for _ in range(args.rounds):
-        for name, work in (("passes", passes), ("iteration", trainer._iterate)):
-            began = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - began)
-    ratio = statistics.median(a / b for a, b in zip(seconds["iteration"], seconds["passes"], strict=True))
-    row = {
-        "model": f"dmd2, {'LoRA' if args.lora else 'full'}", "batch_size": args.batch_size,
-        "critic_updates": args.critic_updates, "seconds_per_iteration": statistics.median(seconds["iteration"]),
-        "seconds_of_bare_passes": statistics.median(seconds["passes"]), "ratio": ratio,
-    }  # fmt: skip
+    row = measure(args)
     print(json.dumps(row, indent=2))
     old = json.loads(args.output.read_text())["rows"] if args.output.is_file() else []
     rows = [r for r in old if r["model"] != row["model"]] + [row]
