@@ -4,6 +4,8 @@
     python benchmarks/shapes/make_assets.py autoencoder   # AutoencoderKL, factor 8, 4 latent channels
     python benchmarks/shapes/make_assets.py decoder       # goes on with the decoder alone; the latents stay
     python benchmarks/shapes/make_assets.py assemble      # the teacher's folder with a UNet of random weights
+    stepdistill train recipes/shapes/teacher.yaml         # trains that UNet
+    python benchmarks/shapes/make_assets.py install       # puts teacher and evaluator into assets/shapes, in fp16
 
 Each command writes a checkpoint every few hundred steps under --work and, started again, goes on from it. The teacher
 itself is trained by `stepdistill train recipes/shapes/teacher.yaml`; `gates.py` measures all of them.
@@ -15,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -267,21 +270,37 @@ def assemble(output: Path) -> None:
     ).to(torch.float16).save_pretrained(output / "untrained")  # fmt: skip
 
 
+def install(output: Path, teacher: Path, assets: Path) -> None:
+    """Puts the trained teacher and the evaluator, in fp16, where the package looks for them.
+
+    A decoder that was trained for longer replaces the teacher's: both decode the same latents.
+    """
+    decoder = output / "decoder"
+    own = {"vae": AutoencoderKL.from_pretrained(decoder)} if decoder.is_dir() else {}
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None, feature_extractor=None, **own)
+    pipeline.to(torch.float16).save_pretrained(assets / "teacher")
+    shutil.copytree(output / "clip", assets / "clip", dirs_exist_ok=True)
+    for file in assets.rglob("*.safetensors"):
+        file.chmod(0o644)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("clip", "autoencoder", "decoder", "assemble"))
+    parser.add_argument("part", choices=("clip", "autoencoder", "decoder", "assemble", "install"))
     parser.add_argument("--output", type=Path, default=ROOT / "runs/shapes-assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/shapes-assets/work")
     parser.add_argument("--steps", type=int, help="default: 900 (clip), 6500 (autoencoder), 4000 (decoder)")
+    parser.add_argument("--teacher", type=Path, default=ROOT / "runs/shapes-teacher/pipeline", help="for install")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.part == "assemble":
-        assemble(args.output)
-        return
+        return assemble(args.output)
+    if args.part == "install":
+        return install(args.output, args.teacher, ROOT / "assets/shapes")
     make, steps = {"clip": (make_clip, 900), "autoencoder": (make_autoencoder, 6500), "decoder": (make_decoder, 4000)}[
         args.part
     ]
-    make(args.work, args.output, args.steps or steps, args.device)
+    return make(args.work, args.output, args.steps or steps, args.device)
 
 
 if __name__ == "__main__":
