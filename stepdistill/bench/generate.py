@@ -94,8 +94,11 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu") -> DiffusionPip
     if model.scheduler is not None:
         pipeline.scheduler = _scheduler(model, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    # Once more by `to`: parts that the loader leaves in the precision of their files would not fit the others.
-    return pipeline.to(device, PRECISIONS[model.precision])
+    for part in pipeline.components.values():
+        # The loader leaves some parts in the precision of their files, and they would not fit the others.
+        if isinstance(part, nn.Module) and any(p.dtype != PRECISIONS[model.precision] for p in part.parameters()):
+            part.to(PRECISIONS[model.precision])
+    return pipeline.to(device)
 
 
 def _load_lora(pipeline: DiffusionPipeline, model: ModelUnderTest) -> None:

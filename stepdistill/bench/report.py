@@ -33,6 +33,7 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "train_seconds": ("training, s", "{:,.0f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
 }
+TERMINAL_COLUMNS = ("model", "nfe", "fid", "clip_score", "caption_accuracy", "diversity", "ms_per_image")
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,15 @@ class Report:
         return notes
 
     def to_table(self) -> Table:
-        """The rows as a rich table for the terminal."""
+        """The rows as a rich table for the terminal: the columns that fit 80 characters; report.md has all of them."""
         from rich.table import Table
         from rich.text import Text
 
         rows = [asdict(row) for row in self.rows]
-        columns = used_columns(rows)
+        columns = [column for column in used_columns(rows) if column in TERMINAL_COLUMNS]
         table = Table(title=self.name)
         for number, heading in enumerate(_headings(rows, columns)):
-            table.add_column(heading, justify="right" if number else "left")
+            table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
         for row in rows:
             # As Text, for brackets in a model's name would be read as markup.
             table.add_row(*(Text(_written(column, row[column])) for column in columns))
