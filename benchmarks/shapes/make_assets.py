@@ -39,6 +39,8 @@ from transformers import (
 )
 
 from stepdistill.data import shapes
+from stepdistill.export.pipeline import forget_origin
+from stepdistill.files import replacing
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -278,10 +280,11 @@ def install(output: Path, teacher: Path, assets: Path) -> None:
     decoder = output / "decoder"
     own = {"vae": AutoencoderKL.from_pretrained(decoder)} if decoder.is_dir() else {}
     pipeline = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None, feature_extractor=None, **own)
-    pipeline.to(torch.float16).save_pretrained(assets / "teacher")
-    shutil.copytree(output / "clip", assets / "clip", dirs_exist_ok=True)
-    for file in assets.rglob("*.safetensors"):
-        file.chmod(0o644)
+    with replacing(assets / "teacher") as new:
+        pipeline.to(torch.float16).save_pretrained(new)
+        forget_origin(new)
+    with replacing(assets / "clip") as new:
+        shutil.copytree(output / "clip", new, dirs_exist_ok=True)
 
 
 def main() -> None:

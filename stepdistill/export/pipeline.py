@@ -220,8 +220,17 @@ def export_pipeline(
     pipeline.register_to_config(**_lost_config(pipeline, family.path))
     with atomic_folder(folder, marker="model_index.json") as new:
         pipeline.save_pretrained(new, safe_serialization=True)
+        forget_origin(new)
         write_facts(new, spec, type(pipeline), pipeline.scheduler, facts)
     return folder
+
+
+def forget_origin(folder: Path) -> None:
+    """Removes `_name_or_path` from a saved pipeline's configurations: Diffusers writes the maker's own paths there."""
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_plain(network: nn.Module) -> None:

@@ -221,6 +221,8 @@ def test_everything_but_network_and_scheduler_is_the_teachers(exports):
     assert loaded.tokenizer.get_vocab() == exports.sd.pipeline.tokenizer.get_vocab()
     assert loaded.unet.config.cross_attention_dim == 16
     assert not list((exports.root / "sd1").rglob("*.bin")), "safetensors only"
+    for file in (exports.root / "sd1").rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(), f"{file.name} tells where its maker keeps files"
 
 
 def test_the_loaded_teacher_is_left_as_it_was(exports):
