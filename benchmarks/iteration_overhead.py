@@ -13,15 +13,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from stepdistill.adapters import LoraSettings
-from stepdistill.bench.report import device_name, installed_versions
+from stepdistill.bench.report import device_name, installed_versions, today
 from stepdistill.cast import Cast
+from stepdistill.condition import Condition
 from stepdistill.data.batches import Batches
 from stepdistill.data.cache import EncodedOnTheFly
 from stepdistill.data.prompts import load_prompts
@@ -70,7 +70,7 @@ def bare_passes(trainer: Trainer, args: argparse.Namespace) -> Callable[[], None
 
     def call(role: str, rows: int = 1) -> torch.Tensor:
         weights = cast.denoiser(role).weights
-        condition = batch.condition if rows == 1 else type(batch.condition).cat([batch.condition] * rows)
+        condition = Condition.cat([batch.condition] * rows)
         with weights.active():
             return family.forward(weights.network, batch.noise().repeat(rows, 1, 1, 1), t.repeat(rows), condition)
 
@@ -133,7 +133,7 @@ def main() -> None:
     print(json.dumps(row, indent=2))
     old = json.loads(args.output.read_text())["rows"] if args.output.is_file() else []
     rows = [r for r in old if r["model"] != row["model"]] + [row]
-    result = {"name": "iteration_overhead", "date": date.today().isoformat(), "device": device_name(args.device),
+    result = {"name": "iteration_overhead", "date": today(), "device": device_name(args.device),
               "versions": installed_versions(), "seeds": {"data": 0}, "recipe_sha256": None, "rows": rows}  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")

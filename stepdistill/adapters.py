@@ -10,7 +10,6 @@ Two rules make it safe to have student, teacher and critic share one network:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.errors import UserError
+from stepdistill.seeds import seed_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SharedNetwork:
         )
         try:
             with torch.random.fork_rng(devices=[]):  # peft draws A from the global generator
-                torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1)
+                torch.manual_seed(seed_of(seed, name))
                 inject_adapter_in_model(config, self.network, name)
         except ValueError as error:
             network = type(self.network).__name__

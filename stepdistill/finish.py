@@ -125,9 +125,9 @@ def _export_lora(
     difference_state = difference_lora(family.network(), network, rank)
     display.say(f"lora/: rank {rank} keeps {1 - difference_state.residual:.0%} of the full student's change; "
                 "train with weights: {lora: ...} for a LoRA that loses nothing")  # fmt: skip
+    lost = {"residual": difference_state.residual, "untargeted": difference_state.untargeted}
     return export_lora(family, difference_state.state, rank=rank, alpha=rank, folder=folder.lora, spec=spec,
-                       facts={**facts, "residual": difference_state.residual,
-                                                         "untargeted": difference_state.untargeted})  # fmt: skip
+                       facts={**facts, **lost})  # fmt: skip
 
 
 def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, display: Display, device: str) -> Report:

@@ -7,7 +7,7 @@ Everything here is composition; the loop is in `trainer.py`, the rules are in `o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,8 +99,10 @@ class _Run:
         done = self.folder.stages_done()
         starts = self.folder.load_roles(done - 1) if done else {}
         for index in range(done, len(self.recipe.stages)):
-            self.batches = self.batches or open_batches(self.recipe, self.family, self.folder, self.accelerator,
-                                                        self.display)  # fmt: skip
+            self.batches = self.batches or open_batches(
+                self.recipe, self.objectives, self.family, self.folder,
+                accelerator=self.accelerator, display=self.display,
+            )  # fmt: skip
             starts = {**starts, **self._play_stage(index, starts)}
             if self.accelerator.is_main_process:
                 self.folder.save_roles(index, starts)
@@ -211,9 +213,15 @@ def build_player(name: str, cast: Cast, stage: StageConfig, objective: Objective
 
 
 def open_batches(
-    recipe: Recipe, family: ModelFamily, folder: RunFolder, accelerator: Accelerator, display: Display
+    recipe: Recipe,
+    objectives: Sequence[Objective],
+    family: ModelFamily,
+    folder: RunFolder,
+    *,
+    accelerator: Accelerator,
+    display: Display,
 ) -> Batches:
-    """Prompts, their encodings and images, as the recipe says."""
+    """Prompts, their encodings and images, as the recipe says; only the streams that the objectives play."""
     from stepdistill.data.batches import Batches
     from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
     from stepdistill.data.images import load_images
@@ -221,7 +229,7 @@ def open_batches(
     from stepdistill.data.prompts import load_prompts
 
     data = recipe.data
-    needs = {phase.stream for stage in recipe.stages for phase in _phases(stage, recipe)}
+    needs = {phase.stream for objective in objectives for phase in objective.phases(0)}
     prompts = load_prompts(data.prompts, count=data.count)
     display.say(prompts.summary())
     cache = ConditionCache(folder.cache, family, prompts) if data.cache and "prompts" in needs else None
@@ -239,12 +247,6 @@ def open_batches(
             latents = LatentsOnTheFly(family, images)
     return Batches(family, prompts, conditions, latents, recipe.seed, accelerator.process_index,
                    accelerator.num_processes, data.size)  # fmt: skip
-
-
-def _phases(stage: StageConfig, recipe: Recipe) -> list[Any]:
-    from stepdistill.recipe import build_objective
-
-    return list(build_objective(stage.objective, recipe.source).phases(0))
 
 
 def open_previews(recipe: Recipe, family: ModelFamily, spec: InferenceSpec | None, folder: RunFolder) -> Any:

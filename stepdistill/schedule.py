@@ -245,6 +245,8 @@ def from_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str
     from diffusers import DDPMScheduler
 
     # DDPMScheduler knows every beta schedule of the other VP schedulers; only the table of alphas is taken from it.
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    betas = {key: config[key] for key in (*keys, "rescale_betas_zero_snr") if config.get(key) is not None}
+    keys = (
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    )  # fmt: skip
+    betas = {key: config[key] for key in keys if config.get(key) is not None}
     return VPSchedule(DDPMScheduler(**betas).alphas_cumprod), kind

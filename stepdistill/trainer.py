@@ -5,7 +5,6 @@ The training step is `Trainer._run_phase`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import signal
@@ -28,6 +27,7 @@ from stepdistill.data.batches import Batches
 from stepdistill.errors import UserError
 from stepdistill.objectives.base import Objective, Phase, Step
 from stepdistill.player import Player
+from stepdistill.seeds import seed_of
 
 
 class Interrupted(KeyboardInterrupt):
@@ -151,8 +151,7 @@ class Trainer:
     def _iterate(self) -> None:
         began = time.monotonic()
         # Everything random below is a function of (seed, rank, stage, step), so resuming needs no generator's state.
-        text = f"{self.settings.seed}/{self.accelerator.process_index}/{self.settings.stage}/{self.step}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+        torch.manual_seed(seed_of(self.settings.seed, self.accelerator.process_index, self.settings.stage, self.step))
         values: dict[str, float] = {}
         turn = 0
         for phase in self.objective.phases(self.step):

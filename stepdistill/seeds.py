@@ -1,0 +1,11 @@
+"""Seeds that are a function of what they are for, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def seed_of(*parts: object) -> int:
+    """A seed for torch's generators, in [0, 2^63), from the text of the parts: run's seed, rank, step, role ..."""
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
