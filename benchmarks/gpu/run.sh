@@ -27,7 +27,8 @@ make() { part "$1" python benchmarks/shapes/make_assets.py "$1" --device cuda "$
 for name in $parts; do
   case $name in
     assets)
-      make clip --steps 3000
+      make clip --steps 6000
+      make text --steps 2000
       make autoencoder --steps 20000
       make decoder --steps 8000
       make assemble

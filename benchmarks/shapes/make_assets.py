@@ -1,6 +1,7 @@
 """Makes the networks of the shapes benchmark that are not distilled: the autoencoder, and the CLIP model.
 
-    python benchmarks/shapes/make_assets.py clip          # CLIP on rendered scenes: text encoder and evaluator
+    python benchmarks/shapes/make_assets.py clip          # CLIP on rendered scenes: the evaluator, and the tokenizer
+    python benchmarks/shapes/make_assets.py text          # the teacher's text encoder, on captions alone
     python benchmarks/shapes/make_assets.py autoencoder   # AutoencoderKL, factor 8, 4 latent channels
     python benchmarks/shapes/make_assets.py decoder       # goes on with the decoder alone; the latents stay
     python benchmarks/shapes/make_assets.py assemble      # the teacher's folder with a UNet of random weights
@@ -17,10 +18,11 @@ import argparse
 import json
 import math
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_TOKENS = 24  # the longest caption has 21 words
 TEXT_WIDTH = 128
 SEED = 20260101
-CLIP_DATA_SEED, VAE_DATA_SEED = 11, 12  # the teacher's recipe and the benchmark use others
+CLIP_DATA_SEED, VAE_DATA_SEED, TEXT_DATA_SEED = 11, 12, 15  # the teacher's recipe and the benchmark use others
 LossOf = Callable[[int, torch.Tensor, list[str]], torch.Tensor]  # step, images, captions => loss
 FORMS_FIRST = 1500  # autoencoder steps before the objects get more weight
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -109,17 +111,72 @@ def unet() -> UNet2DConditionModel:
 
 @dataclass(frozen=True)
 class Scenes(Dataset[tuple[torch.Tensor, list[str]]]):
-    """Item `step` is that step's batch: images (B, 3, 64, 64) in [-1, 1] and captions."""
+    """Item `step` is that step's batch: images (B, 3, 64, 64) in [-1, 1] and captions.
+
+    With siblings, every other batch is pairs of scenes that differ in one attribute, under captions that name
+    everything: what tells them apart must be seen and read.
+    """
 
     seed: int
     count: int
-    full_captions: bool = False  # name everything at every other step, so that fine distinctions are asked for
+    siblings: bool = False
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, list[str]]:
-        keep = 1.0 if self.full_captions and step % 2 == 0 else 0.7
         start = step * self.count
-        scenes = [shapes.captioned_scene(self.seed, start + i, keep=keep) for i in range(self.count)]
+        scenes = [shapes.captioned_scene(self.seed, start + i) for i in range(self.count)]
+        if self.siblings and step % 2 == 0:
+            rng = random.Random(f"{self.seed}/siblings/{step}")
+            pairs = [(s.scene, sibling(s.scene, rng)) for s in scenes[: self.count // 2]]
+            scenes = [shapes.caption_scene(scene, rng, keep=1.0) for pair in pairs for scene in pair]
         return shapes.to_tensor([shapes.render(s.scene) for s in scenes]), [s.caption for s in scenes]
+
+
+def sibling(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
+    """The scene with one attribute of one object, or the background, changed."""
+    choices = {"shape": shapes.SHAPES, "color": tuple(shapes.COLORS), "size": tuple(shapes.SIZES)}
+    attribute = rng.choice(("shape", "shape", "color", "size", "background"))  # shapes are the hardest to tell apart
+    if attribute == "background":
+        return replace(scene, background=rng.choice([b for b in shapes.BACKGROUNDS if b != scene.background]))
+    number = rng.randrange(len(scene.objects))
+    changed = scene.objects[number]
+    value = rng.choice([v for v in choices[attribute] if v != getattr(changed, attribute)])
+    objects = list(scene.objects)
+    objects[number] = replace(changed, **{attribute: value})
+    return replace(scene, objects=tuple(objects))
+
+
+@dataclass(frozen=True)
+class Captions(Dataset[tuple[torch.Tensor, list[str]]]):
+    """Item `step` is that step's batch: what each caption demands, (B, 9) class numbers, and captions.
+
+    Columns: number of objects, relation, background, then shape, colour and size of the first and of the second
+    object. Class 0 is "left open"; -100 marks the second object where there is none.
+    """
+
+    seed: int
+    count: int
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, list[str]]:
+        cases = [shapes.captioned_scene(self.seed, step * self.count + i) for i in range(self.count)]
+        return torch.tensor([demanded_classes(case.demand) for case in cases]), [case.caption for case in cases]
+
+
+# Values of the columns of `Captions`.
+OBJECT_VALUES = (shapes.SHAPES, tuple(shapes.COLORS), tuple(shapes.SIZES))
+SCENE_VALUES = (("two",), shapes.RELATIONS, tuple(shapes.BACKGROUNDS))
+
+
+def demanded_classes(demand: shapes.Demand) -> list[int]:
+    """One row of `Captions`."""
+
+    def number(value: str | None, values: tuple[str, ...]) -> int:
+        return 0 if value is None else 1 + values.index(value)
+
+    row = [len(demand.objects) - 1, number(demand.relation, shapes.RELATIONS)]
+    row.append(number(demand.background, tuple(shapes.BACKGROUNDS)))
+    for o in demand.objects:
+        row += [number(value, values) for value, values in zip((o.shape, o.color, o.size), OBJECT_VALUES, strict=True)]
+    return row + [-100] * (9 - len(row))
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -174,7 +231,7 @@ def fit(model: torch.nn.Module, loss_of: LossOf, scenes: Scenes, *, steps: int, 
 
 
 def make_clip(work: Path, output: Path, steps: int, device: str) -> None:
-    """Contrastive training; half of the captions name everything, so that fine distinctions are asked for."""
+    """Contrastive training; half of the batches are siblings, so that fine distinctions are asked for."""
     tokenizer = train_tokenizer(output / "clip")
     torch.manual_seed(SEED)
     model = CLIPModel(clip_config(tokenizer)).to(device).train()
@@ -183,13 +240,60 @@ def make_clip(work: Path, output: Path, steps: int, device: str) -> None:
         tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
         return model(pixel_values=images, input_ids=tokens.input_ids.to(device), return_loss=True).loss
 
-    scenes = Scenes(CLIP_DATA_SEED, 192, full_captions=True)
+    scenes = Scenes(CLIP_DATA_SEED, 192, siblings=True)
     fit(model, loss_of, scenes, steps=steps, peak=1e-3, work=work / "clip")
     model.eval().half().save_pretrained(output / "clip")
     processor = CLIPImageProcessor(
         size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
     processor.save_pretrained(output / "clip")
+
+
+class Reader(torch.nn.Module):
+    """A text encoder with linear heads that say what a caption demands."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.encoder = CLIPTextModel(config)
+        of_object = [len(values) + 1 for values in OBJECT_VALUES]
+        self.of_scene = [len(values) + 1 for values in SCENE_VALUES] + 2 * of_object
+        self.of_noun = of_object
+        self.scene = torch.nn.Linear(config.hidden_size, sum(self.of_scene))
+        self.noun = torch.nn.Linear(config.hidden_size, sum(self.of_noun))
+
+
+def make_text(work: Path, output: Path, steps: int, device: str) -> None:
+    """Teaches the text encoder to state what a caption demands: all of it at the end, its object at every noun.
+
+    A contrastive text tower keeps only what its image tower tells apart: with that of `clip`, "circle" and "square"
+    were the same vector but for a fifteenth of its length, and no teacher could obey the word.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(output / "clip")
+    torch.manual_seed(SEED)
+    reader = Reader(clip_config(tokenizer).text_config).to(device).train()
+    nouns = torch.tensor(
+        tokenizer.convert_tokens_to_ids([f"{n}</w>" for n in (*shapes.SHAPES, *shapes.UNNAMED_SHAPE)])
+    )
+
+    def loss_of(step: int, classes: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        ids = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        states = reader.encoder(ids.to(device)).last_hidden_state
+        ended = (ids == tokenizer.eos_token_id).to(device)  # the end, and the padding behind it: all see everything
+        loss = cross_entropies(reader.scene(states[ended]), reader.of_scene, classes[ended.nonzero()[:, 0]])
+        is_noun = torch.isin(ids, nouns).to(device)
+        row, place = is_noun.nonzero().T
+        which = is_noun.cumsum(1)[row, place] - 1  # the first or the second object
+        own = torch.stack([classes[row, 3 + 3 * which + i] for i in range(3)], dim=1)
+        return loss + cross_entropies(reader.noun(states[is_noun]), reader.of_noun, own)
+
+    fit(reader, loss_of, Captions(TEXT_DATA_SEED, 256), steps=steps, peak=1e-3, work=work / "text")
+    reader.encoder.eval().half().save_pretrained(output / "text")
+
+
+def cross_entropies(logits: torch.Tensor, sizes: list[int], classes: torch.Tensor) -> torch.Tensor:
+    """Mean over questions of the cross-entropy: logits (N, sum of sizes), class numbers (N, questions)."""
+    parts = zip(logits.split(sizes, dim=1), classes.T, strict=True)
+    return torch.stack([torch.nn.functional.cross_entropy(part, target) for part, target in parts]).mean()
 
 
 def make_autoencoder(work: Path, output: Path, steps: int, device: str) -> None:
@@ -258,9 +362,8 @@ def normalise_latents(model: AutoencoderKL, count: int = 2000) -> None:
 def assemble(output: Path) -> None:
     """Puts the parts together as a StableDiffusionPipeline whose UNet is still untrained."""
     vae = output / ("decoder" if (output / "decoder").is_dir() else "autoencoder")
-    clip, tokenizer = CLIPModel.from_pretrained(output / "clip"), CLIPTokenizer.from_pretrained(output / "clip")
-    text_encoder = CLIPTextModel(clip.config.text_config)
-    text_encoder.load_state_dict(clip.text_model.state_dict(), strict=False)
+    text_encoder = CLIPTextModel.from_pretrained(output / "text")
+    tokenizer = CLIPTokenizer.from_pretrained(output / "clip")
     torch.manual_seed(SEED)
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -289,10 +392,12 @@ def install(output: Path, teacher: Path, assets: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("clip", "autoencoder", "decoder", "assemble", "install"))
+    parser.add_argument("part", choices=("clip", "text", "autoencoder", "decoder", "assemble", "install"))
     parser.add_argument("--output", type=Path, default=ROOT / "runs/shapes-assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/shapes-assets/work")
-    parser.add_argument("--steps", type=int, help="default: 900 (clip), 6500 (autoencoder), 4000 (decoder)")
+    parser.add_argument(
+        "--steps", type=int, help="default: 1700 (clip), 500 (text), 6500 (autoencoder), 4000 (decoder)"
+    )
     parser.add_argument("--teacher", type=Path, default=ROOT / "runs/shapes-teacher/pipeline", help="for install")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -300,9 +405,10 @@ def main() -> None:
         return assemble(args.output)
     if args.part == "install":
         return install(args.output, args.teacher, ROOT / "assets/shapes")
-    make, steps = {"clip": (make_clip, 900), "autoencoder": (make_autoencoder, 6500), "decoder": (make_decoder, 4000)}[
-        args.part
-    ]
+    make, steps = {
+        "clip": (make_clip, 1700), "text": (make_text, 500), "autoencoder": (make_autoencoder, 6500),
+        "decoder": (make_decoder, 4000),
+    }[args.part]  # fmt: skip
     return make(args.work, args.output, args.steps or steps, args.device)
 
 

@@ -56,6 +56,10 @@ BACKGROUND_WORDINGS = ("on a {} background", "on {}", "against a {} background")
 UNNAMED_SHAPE = ("shape", "object")
 SUPERSAMPLING = 4
 
+# Centres lie on a grid of 8 pixels, the factor of the teacher's autoencoder: moving an object moves its latents by whole
+# cells and changes nothing else, so a small teacher learns every shape once and not once for each fraction of a cell.
+GRID = (16, 24, 32, 40, 48)  # pixels
+
 
 @dataclass(frozen=True)
 class SceneObject:
@@ -126,16 +130,14 @@ def complete_scene(demand: Demand, rng: random.Random) -> Scene:
     ]
     background = choose(demand.background, tuple(BACKGROUNDS))
     if len(kinds) == 1:
-        margin = SIZES["large"] + 1.5
-        x, y = (rng.uniform(margin, IMAGE_SIZE - margin) for _ in range(2))
+        x, y = (float(rng.choice(GRID)) for _ in range(2))
         return Scene((SceneObject(*kinds[0], x, y),), background, None)
     relation = demand.relation
     order = 1
     if relation is None:
         relation, order = rng.choice(RELATIONS), rng.choice((1, -1))
-    near, far = (rng.uniform(c - 1.5, c + 1.5) for c in (16.5, 47.5))
-    across = [rng.uniform(26.0, 38.0) for _ in range(2)]
-    along = (near, far)[::order]
+    across = [float(rng.choice(GRID[1:-1])) for _ in range(2)]
+    along = (float(GRID[0]), float(GRID[-1]))[::order]
     places = [(a, b) if relation == "left of" else (b, a) for a, b in zip(along, across, strict=True)]
     objects = tuple(SceneObject(*kind, *place) for kind, place in zip(kinds, places, strict=True))
     # The relation is stated from the first object to the second; "B left of A" is the same picture with A, B swapped.
