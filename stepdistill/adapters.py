@@ -125,7 +125,7 @@ class SharedNetwork:
             layer._disable_adapters = name is None
 
 
-def copy_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], what: str) -> None:
+def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     """Writes a state into parameters of the same names and shapes.
 
     Raises:

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy as shallow_copy
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters import LoraSettings, SharedNetwork, copy_into
+from stepdistill.condition import Condition
 from stepdistill.denoiser import AdapterWeights, Denoiser, OwnWeights, Weights, only_trainable
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
-from stepdistill.objectives.base import Role, Trained
+from stepdistill.objectives.base import Head, Recorded, Role, Trained
+from stepdistill.seeds import seed_of
+
+
+@dataclass(frozen=True)
+class DenoiserHead:
+    """A module and the layers of a denoiser whose features it takes.
+
+    Attributes:
+        module: list of features => whatever its objective made it for.
+        layers: names of the denoiser's modules.
+    """
+
+    module: nn.Module
+    layers: tuple[str, ...]
+
+    def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The head on a denoiser's features of x_t, (B, C, H, W), at t, (B,)."""
+        features = denoiser.features(x_t, t, condition, self.layers)
+        output: Tensor = self.module([feature.float() for feature in features])
+        return output
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,8 @@ class RoleState:
 class Cast:
     """All networks of one stage.
 
-    Frozen roles and adapter roles share the teacher's network; a role with full weights gets a copy of its own.
+    Frozen roles and adapter roles share the teacher's network; a role with full weights gets a copy of its own. Heads
+    are small modules beside them; a recorded role has weights of the same kind as the role it is like.
 
     Args:
         family: the loaded teacher.
@@ -40,6 +64,7 @@ class Cast:
         starts: where trained roles start from; those not named start as the teacher.
         checkpointing: activation checkpointing in all networks that are trained.
         seed: of the adapters' first values, which must agree between processes and after a resume.
+        size: pixel size of the images, for which heads are built; None: the teacher's own.
     """
 
     def __init__(
@@ -51,38 +76,86 @@ class Cast:
         starts: Mapping[str, RoleState] | None = None,
         checkpointing: bool = False,
         seed: int = 0,
+        size: int | None = None,
     ) -> None:
         lora = lora or {}
         self.family = family
-        self.lora = {name: lora[name] for name, role in roles.items() if isinstance(role, Trained) and name in lora}
-        self.trained = tuple(name for name, role in roles.items() if isinstance(role, Trained))
-        full = [name for name in self.trained if name not in self.lora]
+        kinds = {name: role.like if isinstance(role, Recorded) else name for name, role in roles.items()}
+        networks = {name for name, kind in kinds.items() if isinstance(roles[kind], Trained)}
+        self.lora = {name: lora[kinds[name]] for name in roles if name in networks and kinds[name] in lora}
+        self.recorded = tuple(name for name, role in roles.items() if isinstance(role, Recorded))
+        full = [name for name in roles if name in networks and name not in self.lora]
         # Copies first: after the first adapter the shared network's layers are wrapped.
         copies = {name: self._copy_of_teacher() for name in full}
         self.shared = SharedNetwork(family.network())
         self._weights: dict[str, Weights] = {name: OwnWeights(network) for name, network in copies.items()}
-        for name in roles:
-            if name not in copies:
+        for name, role in roles.items():
+            if name not in copies and not isinstance(role, Head):
                 if name in self.lora:
                     self.shared.add(name, self.lora[name], seed)
                 self._weights[name] = AdapterWeights(self.shared, name if name in self.lora else None)
+        heads = {name: role for name, role in roles.items() if isinstance(role, Head)}
+        self._heads = {name: self._head(role, seed_of(seed, name), size) for name, role in heads.items()}
+        self._names: dict[str, str] = {}
+        self.trained = tuple(name for name, role in roles.items() if self._learns(name, role))
+        self.parked: dict[str, dict[str, Tensor]] = {}
         for name, start in (starts or {}).items():
-            if name in self.trained:
+            if name in (*self.trained, *self.recorded):
                 self._start(name, start)
         if checkpointing:
             self._enable_checkpointing(copies.values())
 
     def denoiser(self, role: str) -> Denoiser:
         """The view of one role."""
-        return self.family.denoiser(self._weights[role])
+        return self.family.denoiser(self._weights[self._name(role)])
+
+    def head(self, role: str) -> DenoiserHead:
+        """A head, together with the layers whose features it takes."""
+        return self._heads[self._name(role)]
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Texts that are no prompts of a batch => their condition, at full precision as cached prompts are."""
+        with torch.autocast(self.family.device.type, enabled=False):
+            return self.family.encode_prompts(prompts).to(self.family.device)
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The trainable parameters of a role, by file name."""
+        role = self._name(role)
+        if role in self._heads:
+            return dict(self._heads[role].module.named_parameters())
         return self._weights[role].parameters()
+
+    def tensors(self, role: str) -> dict[str, Tensor]:
+        """Everything that a checkpoint keeps of a role: its parameters, and a head's buffers."""
+        buffers = dict(self._heads[role].module.named_buffers()) if role in self._heads else {}
+        return {**self.parameters(role), **buffers}
+
+    def buffers(self) -> list[Tensor]:
+        """What heads note down while they compute: not trained, and changed by every pass."""
+        return [buffer for head in self._heads.values() for buffer in head.module.buffers()]
+
+    def copy(self, source: str, target: str) -> None:
+        """Writes one role's weights into a recorded or trained role of the same kind."""
+        copy_into(self.parameters(target), self.parameters(source), f"role {source!r}")
+
+    def park(self, role: str, key: str) -> None:
+        """Keeps a copy of a role's weights in the CPU's memory and in checkpoints, in a file named after the key."""
+        assert key and not set(key) & set("/\\:"), f"{key!r} cannot be a part of a file's name"
+        self.parked[key] = {name: p.detach().cpu().clone() for name, p in self.parameters(role).items()}
+
+    def fetch(self, key: str, role: str) -> None:
+        """Writes parked weights into a recorded or trained role of the same kind."""
+        copy_into(self.parameters(role), self.parked[key], f"what was parked as {key!r}")
+
+    def renamed(self, names: Mapping[str, str]) -> Cast:
+        """The same cast, in which a game that asks for role `a` is given role `names[a]`."""
+        view = shallow_copy(self)
+        view._names = {**self._names, **{a: self._name(b) for a, b in names.items()}}
+        return view
 
     def state(self, role: str) -> RoleState:
         """A copy of a role's trained weights."""
-        tensors = {name: p.detach().clone() for name, p in self.parameters(role).items()}
+        tensors = {name: p.detach().clone() for name, p in self.tensors(role).items()}
         return RoleState(self.lora.get(role), tensors)
 
     def plain_state(self, role: str) -> dict[str, Tensor]:
@@ -102,8 +175,11 @@ class Cast:
         rows = []
         for role in self._weights:
             own = sum(p.numel() for p in self.parameters(role).values()) if role in self.trained else 0
-            kind = "frozen" if role not in self.trained else self._kind(role)
+            kind = self._kind(role) if role in self.trained else "recorded" if role in self.recorded else "frozen"
             rows.append((role, kind, own, total - adapters + (own if role in self.lora else 0)))
+        for role in self._heads:
+            own = sum(p.numel() for p in self.parameters(role).values())
+            rows.append((role, "head", own, own))
         return rows
 
     def release(self) -> None:
@@ -111,6 +187,14 @@ class Cast:
         if self.lora:
             plain = self._copy_of_teacher()
             self.family.pipeline.register_modules(**{self.family.network_component: plain})
+
+    def _name(self, role: str) -> str:
+        """The role that is meant by a name in this view of the cast; see `renamed`."""
+        return self._names.get(role, role)
+
+    def _learns(self, name: str, role: Role) -> bool:
+        """Whether a role has something to train: a head without parameters, such as a mean over channels, has not."""
+        return bool(self.parameters(name)) if isinstance(role, Head) else isinstance(role, Trained)
 
     def _kind(self, role: str) -> str:
         lora = self.lora.get(role)
@@ -123,12 +207,26 @@ class Cast:
         network.load_state_dict(plain)
         return network
 
+    def _head(self, role: Head, seed: int, size: int | None) -> DenoiserHead:
+        """Builds a head for features of the shapes that the teacher gives for one image of `size` pixels."""
+        layers = role.layers or self.family.feature_layers
+        example = next(self.family.network().parameters())
+        x = torch.zeros(1, *self.family.latent_shape(size), dtype=example.dtype, device=example.device)
+        null = self.family.null_condition(1).to(example.device, example.dtype)
+        t = torch.full((1,), 0.5, dtype=torch.float64, device=x.device)
+        with torch.no_grad():
+            features = self.family.denoiser(AdapterWeights(self.shared, None)).features(x, t, null, layers)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = role.build([tuple(feature.shape[1:]) for feature in features])
+        return DenoiserHead(module.to(x.device, torch.float32).requires_grad_(False), layers)
+
     def _start(self, role: str, start: RoleState) -> None:
-        if start.lora != self.lora.get(role):
+        if role not in self._heads and start.lora != self.lora.get(role):
             before = "full" if start.lora is None else "LoRA"
             raise UserError(f"role {role!r} starts from {before} weights that its stage ({self._kind(role)}) cannot "
                             "hold; give both stages the same weights")  # fmt: skip
-        copy_into(self.parameters(role), start.tensors, f"the start of role {role!r}")
+        copy_into(self.tensors(role), start.tensors, f"the start of role {role!r}")
 
     def _enable_checkpointing(self, copies: Iterable[nn.Module]) -> None:
         for network in copies:

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import stepdistill
+from stepdistill.cli_data import data_app
 from stepdistill.errors import UserError
+from stepdistill.terminal import device_of as _device
+from stepdistill.terminal import hide_loading_bars as _hide_loading_bars
+from stepdistill.terminal import open_console as _console
 
 
 if TYPE_CHECKING:
@@ -130,7 +134,7 @@ def _check_overrides(recipe: str, overrides: Sequence[str]) -> None:
 
 
 @app.command()
-def sample(
+def sample(  # noqa: PLR0913  # an argument is an option of the command
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, a Diffusers folder, or a hub id.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw; quote each prompt.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Default: what the model was distilled for.")] = None,
@@ -140,32 +144,21 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     lora: Annotated[str | None, typer.Option(help="LoRA folder or file to load on top of MODEL.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What not to draw; without guidance it needs --nasa or --nag.")
+    ] = None,
+    nasa: Annotated[float | None, typer.Option(min=0, help="Strength of the negative prompt, such as 0.3.")] = None,
+    nag: Annotated[float | None, typer.Option(min=0, help="The same, normalised; such as 2.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
 ) -> None:
     """Draw images with plain Diffusers."""
-    import torch
-
-    from stepdistill.bench.generate import image_seed, load_pipeline
+    from stepdistill.draw import Avoid, draw
 
     called = _model_under_test(model, {"steps": steps, "guidance_scale": guidance_scale, "lora": lora})
+    avoid = Avoid.of(negative_prompt, nasa, nag)
     _hide_loading_bars()
-    pipeline = load_pipeline(called, device=_device("auto"))
-    output.mkdir(parents=True, exist_ok=True)
-    for number, prompt in enumerate(prompts):
-        generators = [torch.Generator().manual_seed(image_seed(seed, number, k)) for k in range(count)]
-        images = pipeline(
-            [prompt] * count, num_inference_steps=called.steps, guidance_scale=called.guidance_scale,
-            generator=generators,
-        ).images  # fmt: skip
-        for k, image in enumerate(images):
-            file = output / f"{number:03d}-{_slug(prompt)}-{seed}-{k}.png"
-            image.save(file)
-            typer.echo(str(file))
-
-
-def _slug(prompt: str) -> str:
-    words = "".join(c if c.isascii() and c.isalnum() else " " for c in prompt.lower()).split()
-    return "-".join(words)[:60].rstrip("-") or "prompt"
+    for file in draw(called, prompts, output, avoid=avoid, seed=seed, count=count, device=_device("auto")):
+        typer.echo(str(file))
 
 
 @app.command()
@@ -220,7 +213,7 @@ def _parse_model(text: str) -> ModelUnderTest:
 def _model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
     """How a model is called: as given, else as its distillation_config.json says, else like a teacher."""
     from stepdistill.bench.generate import ModelUnderTest
-    from stepdistill.recipe import build_dataclass
+    from stepdistill.options import build_dataclass
 
     folder = Path(model)
     path = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
@@ -271,6 +264,33 @@ def export(
     for folder in (result.pipeline, result.lora):
         if folder is not None:
             typer.echo(str(folder))
+
+
+app.add_typer(data_app)
+
+
+@app.command()
+def merge(
+    first: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="A run's folder, a Diffusers folder, or a hub id; of a LoRA: its base and the LoRA's folder, "
+            "as base,lora=folder.",
+        ),
+    ],
+    second: Annotated[str, typer.Argument(metavar="B", help="The same; a student of the same base.")],
+    weight: Annotated[float, typer.Option(min=0, max=1, help="Of A; B has the rest.")] = 0.5,
+    output: Annotated[Path, typer.Option(help="Folder for the pipeline.")] = Path("merged"),
+) -> None:
+    """Write the weighted mean of two students as a Diffusers pipeline."""
+    students = [_parse_model(text) for text in (first, second)]
+    from stepdistill.merge import Student
+    from stepdistill.merge import merge as merge_students
+
+    _hide_loading_bars()
+    a, b = (Student(model.path, model.lora) for model in students)
+    typer.echo(str(merge_students(a, b, weight, output)))
 
 
 @app.command(name="list")
@@ -339,21 +359,6 @@ LISTINGS: dict[Topic, Callable[[], Listing]] = {
 }
 
 
-def _console(*, quiet: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(quiet=quiet)
-
-
-def _hide_loading_bars() -> None:
-    """Our own bars say what is going on; those of the libraries, one per component, would bury them."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
     """A bar for every part of a benchmark, and the function that moves them."""
@@ -370,15 +375,3 @@ def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
             shown.update(tasks[news.label], completed=news.done)
 
         yield tell
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
-    return name

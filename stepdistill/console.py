@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from stepdistill.trainer import Progress
+
+
+# measures of health that the progress line shows => (label, format); differences with their sign
+SHOWN = {
+    "critic_ratio": ("critic/teacher", ".2f"),
+    "direction": ("direction", ".2f"),
+    "mean": ("mean", "+.2f"),
+    "contrast": ("contrast", ".2f"),
+    "saturation": ("saturation", "+.2f"),
+    "diversity": ("diversity", ".2f"),
+}
 
 
 class Display:
@@ -68,9 +79,10 @@ class Display:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
-                   TextColumn("{task.fields[news]}"))  # fmt: skip
+                   TextColumn("{task.fields[news]}", table_column=Column(overflow="fold")))  # fmt: skip
         with Bar(*columns, console=self._console) as bar:
             self._bar, self._task = bar, bar.add_task(title, total=None, news="")
             try:
@@ -85,7 +97,16 @@ class Display:
         losses = " ".join(f"{k} {v:.4f}" for k, v in progress.losses.items() if "/" not in k)
         minutes, seconds = divmod(int(progress.seconds_left), 60)
         news = f"{losses} | {progress.images_per_second:.1f} img/s | {minutes}:{seconds:02d} left"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=progress.step, total=progress.steps, news=news)
+        health = health_line(progress.health, progress.doubts)
+        if self._bar is not None and self._task is not None:  # health has a line of its own below the losses
+            self._bar.update(self._task, completed=progress.step, total=progress.steps,
+                             news="\n".join(filter(None, (news, health))))  # fmt: skip
         if not self._console.is_terminal and (progress.step % 50 == 0 or progress.step == progress.steps):
-            self._console.print(f"step {progress.step}/{progress.steps} {news}", highlight=False)
+            news = " | ".join(filter(None, (news, health)))
+            self._console.print(f"step {progress.step}/{progress.steps} {news}", highlight=False, markup=False)
+
+
+def health_line(measures: Mapping[str, float], doubts: Sequence[str]) -> str:
+    """The last measurement of a student's health in short, and what is wrong with it; empty where nothing is known."""
+    shown = [f"{label} {measures[name]:{form}}" for name, (label, form) in SHOWN.items() if name in measures]
+    return " | ".join([*([" ".join(shown)] if shown else []), *(f"DOUBT: {doubt}" for doubt in doubts)])

@@ -5,15 +5,16 @@ Shapes: B batch, C channels, H height, W width of the latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters import SharedNetwork
 from stepdistill.condition import Condition
+from stepdistill.errors import UserError
 from stepdistill.prediction import Levels, Prediction
 from stepdistill.schedule import NoiseSchedule
 
@@ -126,9 +127,63 @@ class Denoiser:
             scale = scale.to(x_t).reshape((-1,) + (1,) * (x_t.ndim - 1))
         return with_prompt.guide(without, scale)
 
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition, layers: Sequence[str]) -> list[Tensor]:
+        """Outputs of inner modules of the network; the pass ends at the last of them.
+
+        Args:
+            x_t: noisy sample, (B, C, H, W).
+            t: times in [0, 1], (B,).
+            condition: B rows.
+            layers: names of modules in the order of the pass, e.g. ("mid_block",).
+
+        Returns:
+            One tensor per layer, (B, ...).
+
+        Raises:
+            UserError: the network has no such module, or the pass ended without it.
+        """
+        network = self.weights.network
+        found: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+                found[name] = output[0] if isinstance(output, tuple) else output
+                if name == layers[-1]:
+                    raise _LastLayerError
+
+            return keep
+
+        model_time = self.schedule.model_time(t).to(torch.promote_types(x_t.dtype, torch.float32))
+        with ExitStack() as stack:
+            for name in layers:
+                stack.enter_context(_hooked(network, name, hook(name)))
+            with self.weights.active(), suppress(_LastLayerError):
+                self._call(network, x_t, model_time, condition)
+        missing = [name for name in layers if name not in found]
+        if missing:
+            raise UserError(f"the network's pass does not come by its module {missing[0]!r} before it ends at "
+                            f"{layers[-1]!r}; name layers in the order of the pass, or others")  # fmt: skip
+        return [found[name] for name in layers]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """What may be trained in this view, by file name."""
         return self.weights.parameters()
+
+
+class _LastLayerError(Exception):
+    """Ends a pass whose remaining layers nobody asked for."""
+
+
+@contextmanager
+def _hooked(network: nn.Module, name: str, hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    try:
+        handle = network.get_submodule(name).register_forward_hook(hook)
+    except AttributeError as error:
+        raise UserError(f"{type(network).__name__} has no module {name!r}; see its named_modules()") from error
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def split(prediction: Prediction, at: int) -> tuple[Prediction, Prediction]:

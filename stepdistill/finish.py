@@ -15,7 +15,7 @@ from stepdistill.denoiser import AdapterWeights, OwnWeights
 from stepdistill.export.lora import difference_lora, export_lora
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.verify import ImageRequest, verify_export
-from stepdistill.sampling import stochastic
+from stepdistill.sampling import few_steps
 from stepdistill.times import grid
 
 
@@ -104,7 +104,8 @@ def in_memory(
     student = family.denoiser(OwnWeights(network))
     times = grid(student.schedule, spec.timesteps, noise.device)
     torch.manual_seed(NOISE_SEED)  # the pipeline draws the noise between steps from a generator of this seed
-    return family.decode_latents(stochastic(student, noise, times, family.encode_prompts(prompts)))
+    x0 = few_steps(student, noise, times, family.encode_prompts(prompts), spec.sampler)
+    return family.decode_latents(x0)
 
 
 def _some_prompts(family: ModelFamily) -> list[str]:

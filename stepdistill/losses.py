@@ -6,10 +6,18 @@ towards the teacher's. Shapes: samples and predictions (B, C, H, W).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from stepdistill.prediction import Levels
+from stepdistill.prediction import Levels, Prediction, native_target
+
+
+SidWeighting = Literal[
+    "distance", "constant", "alpha", "alpha_squared", "sqrt_snr", "snr", "inverse_sigma", "inverse_variance"
+]
 
 
 def pseudo_loss(x: Tensor, direction: Tensor) -> Tensor:
@@ -20,6 +28,11 @@ def pseudo_loss(x: Tensor, direction: Tensor) -> Tensor:
     """
     target = (x - direction.to(x.dtype)).detach()
     return 0.5 * (x - target).square().mean()
+
+
+def value_with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar of the given value whose gradient with respect to x is `gradient`, taken earlier at x detached."""
+    return value.detach() + ((x - x.detach()) * gradient.detach().to(x.dtype)).sum()
 
 
 def dmd_direction(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
@@ -34,6 +47,71 @@ def dmd_direction(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
 def vsd_direction(real_eps: Tensor, fake_eps: Tensor, levels: Levels) -> Tensor:
     """sigma^2 (eps_real - eps_fake): ProlificDreamer (arXiv 2305.16213) eq. 9 with w(t) = sigma^2, as SwiftBrush."""
     return torch.nan_to_num((levels.sigma**2).to(real_eps.dtype) * (real_eps - fake_eps))
+
+
+def sid_loss(
+    x: Tensor, real_x0: Tensor, fake_x0: Tensor, inner_fake_x0: Tensor, *, alpha: float, weight: Tensor
+) -> Tensor:
+    """SiD's generator loss per sample, (B,): weight sum (real - fake) ((real - x) - alpha (real - inner_fake)).
+
+    Zhou et al. 2024 (arXiv 2404.04057) and its code; SiD-LSG (arXiv 2406.01561) has alpha = 1 and guides the two fakes
+    by kappa_2 and kappa_3. Its gradient goes through x and through the inputs of both networks. Its value is no
+    measure of progress: with an optimal fake it is (1 - alpha) E |real - fake|^2 for weight 1.
+
+    Args:
+        x: the student's samples, (B, ...).
+        real_x0: the teacher's prediction of them from x_t, as a function of x.
+        fake_x0: the critic's, in the difference to the teacher.
+        inner_fake_x0: the critic's, in the difference to the sample.
+        alpha: SiD's alpha, between 0.5 and 1.2.
+        weight: omega, (B,).
+    """
+    pull = (real_x0 - x) - alpha * (real_x0 - inner_fake_x0)
+    return weight.to(x.dtype) * ((real_x0 - fake_x0) * pull).flatten(1).sum(1)
+
+
+def sid_weight(x: Tensor, real_x0: Tensor, levels: Levels, weighting: SidWeighting) -> Tensor:
+    """omega of SiD's generator loss, (B,), outside of the graph.
+
+    "distance" is 1 / mean |x - real|, at most 1e5 (SiD's code); the others are functions of the noise level, written
+    for a flow in the code of SiD for transformers (arXiv 2509.25127), whose own choice is "alpha", 1 - t.
+    """
+    if weighting == "distance":
+        return 1 / (x - real_x0).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    alpha, sigma = levels.alpha.flatten(), levels.sigma.flatten()
+    weights: dict[str, Callable[[], Tensor]] = {
+        "constant": lambda: torch.ones_like(alpha),
+        "alpha": lambda: alpha,
+        "alpha_squared": lambda: alpha**2,
+        "sqrt_snr": lambda: alpha / sigma,
+        "snr": lambda: (alpha / sigma) ** 2,
+        "inverse_sigma": lambda: 1 / sigma,
+        "inverse_variance": lambda: 1 / sigma**2,
+    }
+    return weights[weighting]()
+
+
+def sid_critic_loss(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
+    """SiD's denoising loss per sample, (B,): squared error of the noise, of the velocity for a flow; sum of elements.
+
+    SiD-LSG's code weights the error of a v-prediction by snr / (snr + 1) = alpha^2, which makes it that of the noise.
+    """
+    if prediction.kind == "flow":
+        error = prediction.native - native_target("flow", x0, eps, prediction.levels)
+    else:
+        error = prediction.eps - eps
+    return error.square().flatten(1).sum(1)
+
+
+def clamped_similarity_loss(cosines: Tensor, threshold: float, *, per_sample: bool = True) -> Tensor:
+    """max(0, threshold - cosine), averaged, scalar: SwiftBrush v2 (arXiv 2408.14176), section 4.
+
+    Args:
+        cosines: of image and prompt, (B,).
+        threshold: tau; above it there is no loss.
+        per_sample: clamp before averaging; False clamps the mean, so that good samples make up for bad ones.
+    """
+    return (threshold - cosines).relu().mean() if per_sample else (threshold - cosines.mean()).relu()
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -51,7 +51,7 @@ class Player:
         name: of the role.
         parameters: by file name.
         settings: how it learns.
-        accelerator: gives mixed precision and the process group.
+        accelerator: gives the loss scaler, if any, and the process group.
     """
 
     def __init__(
@@ -62,13 +62,12 @@ class Player:
         self._settings, self._accelerator = settings, accelerator
         values = list(self.parameters.values())
         try:
-            optimizer = settings.optimizer(values, **settings.options)
+            self.optimizer = settings.optimizer(values, **settings.options)
         except TypeError as error:
             raise UserError(f"players.{name}.optimizer: {settings.optimizer.__name__} does not take these options: "
                             f"{error}") from error  # fmt: skip
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self._scheduler: LRScheduler = get_scheduler(
-            settings.schedule, optimizer,
+            settings.schedule, self.optimizer,
             num_warmup_steps=settings.warmup_steps, num_training_steps=settings.total_steps,
         )  # fmt: skip
         self._ema = None if settings.ema is None else EMAModel(values, decay=settings.ema)
@@ -82,28 +81,49 @@ class Player:
     def step(self) -> float:
         """One update from the gradients accumulated so far => the gradient's norm before clipping.
 
+        A gradient that is not finite leaves everything as it was.
+        """
+        norm = self.prepare()
+        if math.isfinite(norm):
+            self.apply()
+        else:
+            self.discard()
+        return norm
+
+    def prepare(self) -> float:
+        """Averages, unscales and clips the gradients accumulated so far => their norm before clipping.
+
+        Under a loss scaler (fp16) the scaler's own `update` is the caller's: all roles of one backward pass have to be
+        unscaled by the same scale, which accelerate's wrapped optimiser, who updates it at every step, does not grant.
+
         Raises:
-            UserError: no parameter got a gradient, so the objective does not train this role, or one is not finite.
+            UserError: no parameter got a gradient, so the objective does not train this role.
         """
         values = list(self.parameters.values())
         if all(p.grad is None for p in values):
             raise UserError(f"role {self.name!r} got no gradient: its phase's loss does not depend on its weights")
         self._reduce(values)
-        self._accelerator.unscale_gradients(self.optimizer)
+        scaler = self._accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
         limit = float("inf") if self._settings.clip is None else self._settings.clip
-        norm = float(torch.nn.utils.clip_grad_norm_(values, limit))
-        if not math.isfinite(norm) and self._accelerator.scaler is None:  # a loss scaler skips such a step itself
-            raise UserError(f"role {self.name!r}: its gradient is not finite; lower the learning rate, or use "
-                            "precision bf16 or fp32; the weights are as they were before")  # fmt: skip
-        self.optimizer.step()
-        skipped = self.optimizer.step_was_skipped
+        return float(torch.nn.utils.clip_grad_norm_(values, limit))
+
+    def apply(self) -> None:
+        """The update that `prepare` made ready."""
+        if self._accelerator.scaler is None:
+            self.optimizer.step()
+        else:
+            self._accelerator.scaler.step(self.optimizer)
+        self._scheduler.step()
+        self.updates += 1
+        if self._ema is not None:
+            self._ema.step(list(self.parameters.values()))
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets the gradients; weights, averages and schedules stay as they are."""
         self.optimizer.zero_grad()
-        if not skipped:  # fp16: an overflow halves the loss scale and leaves the weights alone
-            self._scheduler.step()
-            self.updates += 1
-            if self._ema is not None:
-                self._ema.step(values)
-        return norm
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -122,7 +142,7 @@ class Player:
     def state(self) -> dict[str, Any]:
         """Everything that the next update depends on besides the weights."""
         return {
-            "optimizer": self.optimizer.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "ema": None if self._ema is None else {"names": list(self.parameters), **self._ema.state_dict()},
             "updates": self.updates,
@@ -130,7 +150,7 @@ class Player:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `state` returned."""
-        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         if self._ema is not None and state["ema"] is not None:
             self._ema.load_state_dict({key: value for key, value in state["ema"].items() if key != "names"})

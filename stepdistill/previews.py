@@ -1,4 +1,4 @@
-"""Sample grids during training: the same noise through teacher and student, side by side."""
+"""Sample grids during training: the same noise through teacher and student, and what the denoisers say of it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from torch import Tensor
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.base import InferenceSpec
-from stepdistill.sampling import ddim, stochastic
-from stepdistill.times import grid
+from stepdistill.prediction import add_noise
+from stepdistill.sampling import ddim, few_steps
+from stepdistill.seeds import own_randomness
+from stepdistill.times import grid, trailing
 
 
 @dataclass
 class Previews:
-    """Makes one grid per call: rows teacher and student, a column per prompt.
+    """Makes one grid per call: rows teacher and student, and with a critic triptychs; a column per prompt.
 
     Attributes:
         family: encodes and decodes.
         prompts: one column each.
         spec: how the student is sampled; None: as the teacher.
         folder: where the grids go.
-        seed: of the noise, the same for both rows and all grids.
+        seed: of the noise, the same for all rows and grids.
         teacher_steps: DDIM steps of the teacher's row.
         guidance: the teacher's guidance scale.
         size: pixel size, None for the teacher's own.
+        triptych_level: how far the student's samples are noised for teacher and critic, 0 to 1.
     """
 
     family: ModelFamily
@@ -40,37 +43,57 @@ class Previews:
     teacher_steps: int = 25
     guidance: float = 3.0
     size: int | None = None
+    triptych_level: float = 0.6
     _teacher_row: Tensor | None = None
 
     @torch.no_grad()
-    def write(self, student: Denoiser, teacher: Denoiser | None, step: int) -> Path:
-        """=> previews/step-*.png. The teacher's row is made once; without a teacher there is only the student's."""
-        state = torch.get_rng_state()  # pictures must not change what is trained afterwards
-        torch.manual_seed(self.seed)
-        noise = torch.randn(len(self.prompts), *self.family.latent_shape(self.size)).to(self.family.device)
-        condition = self.family.encode_prompts(self.prompts)
-        if teacher is not None and self._teacher_row is None:
-            self._teacher_row = self._many_steps(teacher, noise)
-        if self.spec is None:
-            row = self._many_steps(student, noise)
-        else:
-            times = grid(student.schedule, self.spec.timesteps, noise.device)
-            row = self.family.decode_latents(stochastic(student, noise, times, condition)).cpu()
-        torch.set_rng_state(state)
-        rows = {"teacher": self._teacher_row, "student": row}
+    def write(self, student: Denoiser, teacher: Denoiser | None, step: int, critic: Denoiser | None = None) -> Path:
+        """=> previews/step-*.png. The teacher's row is made once; without a teacher there is only the student's.
+
+        With a critic, the student's row becomes the first of a triptych: below it, the clean images that teacher and
+        critic see in the student's noised samples. Where these two differ is where the student is sent.
+        """
+        with own_randomness(self.seed, self.family.device):
+            noise = torch.randn(len(self.prompts), *self.family.latent_shape(self.size)).to(self.family.device)
+            if teacher is not None and self._teacher_row is None:
+                self._teacher_row = self._decode(self._many_steps(teacher, noise))
+            x0 = self._few_steps(student, noise)
+            rows = {} if self._teacher_row is None else {"teacher": self._teacher_row}
+            rows["student"] = self._decode(x0)
+            if teacher is not None and critic is not None:
+                rows |= self._guesses(x0, teacher, critic)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:07d}.png"
-        labelled_grid({name: images for name, images in rows.items() if images is not None}, self.prompts).save(path)
+        labelled_grid(rows, self.prompts).save(path)
         return path
 
+    def _few_steps(self, student: Denoiser, noise: Tensor) -> Tensor:
+        if self.spec is None:
+            return self._many_steps(student, noise)
+        times = grid(student.schedule, self.spec.timesteps, noise.device)
+        return few_steps(student, noise, times, self.family.encode_prompts(self.prompts), self.spec.sampler)
+
     def _many_steps(self, denoiser: Denoiser, noise: Tensor) -> Tensor:
-        total = denoiser.schedule.num_train_timesteps
-        indices = tuple(round(total * (1 - i / self.teacher_steps)) - 1 for i in range(self.teacher_steps))
+        times = grid(denoiser.schedule, trailing(denoiser.schedule, self.teacher_steps), noise.device)
         condition = self.family.encode_prompts(self.prompts)
         null = self.family.null_condition(len(self.prompts))
-        x0 = ddim(denoiser, noise, grid(denoiser.schedule, indices, noise.device), condition,
-                  null=null, guidance=self.guidance)  # fmt: skip
-        return self.family.decode_latents(x0).cpu()
+        return ddim(denoiser, noise, times, condition, null=null, guidance=self.guidance)
+
+    def _guesses(self, x0: Tensor, teacher: Denoiser, critic: Denoiser) -> dict[str, Tensor]:
+        """The other two parts of the triptychs of x0, (B, C, H, W)."""
+        index = round(self.triptych_level * teacher.schedule.num_train_timesteps) - 1
+        t = grid(teacher.schedule, (index,), x0.device).expand(len(x0))
+        x_t = add_noise(teacher.schedule, x0, t, torch.randn(x0.shape).to(x0))
+        condition = self.family.encode_prompts(self.prompts)
+        null = self.family.null_condition(len(self.prompts))
+        guesses = {
+            "teacher's x0": teacher.guided(x_t, t, condition, null, self.guidance).x0,
+            "critic's x0": critic(x_t, t, condition).x0,
+        }
+        return {name: self._decode(guess) for name, guess in guesses.items()}
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.family.decode_latents(latents).cpu()
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -80,7 +103,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def labelled_grid(rows: dict[str, Tensor], captions: Sequence[str], cell: int = 128) -> Image.Image:
     """Rows of images (B, 3, H, W) with their names at the left and the captions above the columns."""
-    margin, head, pad = 64, 48, 4
+    margin, head, pad = 76, 48, 4
     canvas = Image.new("RGB", (margin + len(captions) * (cell + pad), head + len(rows) * (cell + pad)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
     for column, caption in enumerate(captions):

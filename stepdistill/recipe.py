@@ -9,14 +9,13 @@ nearest valid name. This module imports neither torch nor any network code, so t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import inspect
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -24,14 +23,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
-    TypeAdapter,
     ValidationError,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from stepdistill.errors import UserError
-from stepdistill.recipe_text import apply_override, closest, dump_yaml, explain, nearest, parse_yaml, to_json
+from stepdistill.options import build_named, plain_options
+from stepdistill.recipe_text import apply_override, dump_yaml, explain, nearest, parse_yaml, to_json
 
 
 if TYPE_CHECKING:
@@ -58,6 +57,9 @@ Schedule = Literal[
     # The names of diffusers.optimization.get_scheduler, without piecewise_constant, which needs rules of its own.
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
 ]  # fmt: skip
+
+
+NOT_COMPUTED = ("output", "device", "health")  # keys that change nothing about the weights
 
 
 class Section(BaseModel):
@@ -169,11 +171,12 @@ class StageConfig(Section):
 
 
 class DataConfig(Section):
-    """Where prompts come from and, for stages that learn from data, images."""
+    """Where prompts come from and, for stages that learn from data, images and stored pairs."""
 
     prompts: Text
     count: Count | None = None
     images: Text | None = None
+    pairs: Text | None = None
     cache: bool = True
     size: Count | None = None
 
@@ -191,6 +194,27 @@ class PreviewConfig(Section):
     every: Count = 500
     prompts: Count | tuple[Text, ...] = 8
     seed: CountOrZero = 0
+
+
+class HealthConfig(Section):
+    """How the student is watched, and what stops the run: as in ``stepdistill.health.HealthSettings``, and ``skips``.
+
+    ``skips`` is how many iterations in a row may have an update left out because it was not finite.
+    """
+
+    every: Count = 100
+    prompts: Count = 4
+    samples: Annotated[int, Field(ge=2)] = 2
+    seed: CountOrZero = 0
+    teacher_steps: Count = 25
+    grace: CountOrZero = 200
+    patience: Count = 3
+    skips: CountOrZero = 3
+    min_contrast: NotNegative | None = 0.05
+    min_diversity: NotNegative | None = 0.02
+    max_scale: Positive | None = 10.0
+    max_drift: Positive | None = 0.3
+    max_critic_ratio: Positive | None = 4.0
 
 
 class ExportConfig(Section):
@@ -226,6 +250,7 @@ class Recipe(Section):
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     checkpoints: CheckpointConfig = CheckpointConfig()
     previews: PreviewConfig | None = PreviewConfig()
+    health: HealthConfig | None = HealthConfig()
     export: ExportConfig = ExportConfig()
     bench: BenchConfig | None = None
 
@@ -273,7 +298,7 @@ class Recipe(Section):
         content = self.model_dump(mode="json")
         for index, stage in enumerate(self.stages):
             objective = build_objective(stage.objective, self.where(f"stages.{index}.objective"))
-            content["stages"][index]["objective"] = {"name": stage.objective.name, **objective_options(objective)}
+            content["stages"][index]["objective"] = {"name": stage.objective.name, **plain_options(objective)}
         return self.from_mapping(content, source=self._source)
 
     def to_yaml(self) -> str:
@@ -282,8 +307,8 @@ class Recipe(Section):
 
     @property
     def sha256(self) -> str:
-        """Fingerprint of what is computed: all content except where it is written and on which device."""
-        content = self.model_dump(mode="json", exclude={"output", "device"})
+        """Fingerprint of what is computed: all content except where it is written, where it runs and who watches."""
+        content = self.model_dump(mode="json", exclude={*NOT_COMPUTED})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -315,51 +340,8 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def build_objective(config: ObjectiveConfig, where: str) -> Objective:
-    """The objective that a recipe names, with the options it gives: name => class => checked fields => instance.
-
-    Args:
-        config: Name and options as written in the recipe.
-        where: How error messages call the place, for example ``recipes/x.yaml: stages.0.objective``.
-    """
-    from stepdistill.objectives import resolve
-
-    try:
-        kind = resolve(config.name)
-    except UserError as error:
-        raise UserError(f"{where}.name: {error}") from error
-    if not dataclasses.is_dataclass(kind):
-        raise UserError(f"{where}.name: {config.name} is no dataclass, so it cannot have options; add @dataclass")
-    return cast("Objective", build_dataclass(kind, config.options, where))
-
-
-def build_dataclass(kind: type[Any], options: Mapping[str, Any], where: str) -> Any:
-    """An instance of a dataclass from plain values, checked against its fields' names and types.
-
-    Raises:
-        UserError: A line for every unknown, ill-typed or missing field, or what the class itself refuses.
-    """
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    values, problems = {}, []
-    for name, value in options.items():
-        if name not in fields:
-            problems.append(f"{where}.{name}: unknown key; {nearest(name, fields)}")
-            continue
-        try:
-            values[name] = _option_type(kind, name).validate_json(to_json(value, where), strict=True)
-        except ValidationError as error:
-            problems += explain(error, None, value, f"{where}.{name}", joint=".")
-    given = {
-        *options,
-        *(closest(name, fields) for name in options if name not in fields),
-    }  # a mistyped one is told above
-    absent = [name for name, field in fields.items() if name not in given and _has_no_default(field)]
-    problems += [f"{where}.{name}: missing; this key has no default" for name in absent]
-    if problems:
-        raise UserError("\n".join(problems))
-    try:
-        return kind(**values)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+    """The objective that a recipe names, with the options that it gives; errors call its place ``where``."""
+    return build_named(config.name, config.options, where)
 
 
 def optimizer_class(config: OptimizerConfig, where: str) -> type[Any]:
@@ -381,18 +363,3 @@ def optimizer_class(config: OptimizerConfig, where: str) -> type[Any]:
             valid = [option for option in accepted if option != "params"]
             raise UserError("\n".join(f"{where}.{key}: unknown key; {nearest(key, valid)}" for key in unknown))
     return kind
-
-
-def objective_options(objective: Objective) -> dict[str, Any]:
-    """All options of an objective as plain values, as a recipe would write them, defaults included."""
-    names = [field.name for field in dataclasses.fields(cast(Any, objective)) if field.init]
-    return {name: _option_type(type(objective), name).dump_python(getattr(objective, name), mode="json")
-            for name in names}  # fmt: skip
-
-
-def _option_type(kind: type[Any], name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(get_type_hints(kind, include_extras=True)[name])
-
-
-def _has_no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

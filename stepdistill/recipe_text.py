@@ -20,6 +20,7 @@ from stepdistill.errors import UserError
 
 # YAML 1.1, which PyYAML follows, calls a number with an exponent a float only if it has a point and a signed exponent.
 _EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+NESTED = "nested_options"  # type of a pydantic error whose lines are told already, but for their place
 _WHOLE_PATH = re.compile(r"^[^.=\s]+(\.[^.=\s]+)*$")
 
 _EXPECTED = {
@@ -166,7 +167,9 @@ def explain(
         key = ".".join(map(str, path))
         given = any(f"{key}.".startswith(f"{other}.") for other in overridden)
         place = f"override {key}" if given else f"{source}{joint}{key}" if key else source
-        lines.append(f"{place}: {_what(found[path], model, path)}")
+        told = [line for problem in found[path] if problem["type"] == NESTED
+                for line in problem["ctx"]["lines"].splitlines()]  # fmt: skip
+        lines += [f"{place}{line}" for line in told] or [f"{place}: {_what(found[path], model, path)}"]
     return lines
 
 

@@ -7,7 +7,7 @@ Everything here is composition; the loop is in `trainer.py`, the rules are in `o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from stepdistill.bench.report import Report
     from stepdistill.cast import Cast, RoleState
     from stepdistill.data.batches import Batches
+    from stepdistill.data.pairs import PairStream
     from stepdistill.families.base import ModelFamily
-    from stepdistill.objectives.base import InferenceSpec, Objective
+    from stepdistill.objectives.base import InferenceSpec, Objective, Phase
     from stepdistill.player import Player
     from stepdistill.recipe import Recipe, StageConfig
-    from stepdistill.trainer import Trainer
+    from stepdistill.trainer import Progress, Trainer
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class _Run:
         display.say(f"loading {recipe.teacher}")
         self.family: ModelFamily = load_family(recipe.teacher, device=str(self.accelerator.device))
         self.batches: Batches | None = None
+        self._check_export()
 
     def play(self) -> RunResult:
         """All stages that are not finished yet, then export, measurement and model card."""
@@ -109,6 +111,15 @@ class _Run:
         if not self.accelerator.is_main_process:
             return RunResult(self.folder.path, None, None, None)
         return finish(self.recipe, self.family, starts, self.objectives[-1].inference(), self.folder, self.display)
+
+    def _check_export(self) -> None:
+        """Raises UserError now, and not after the training, if the student's schedule cannot be exported."""
+        from stepdistill.export.pipeline import family_scheduler
+
+        wanted = self.recipe.export
+        spec = self.objectives[-1].inference()
+        if spec is not None and (wanted.pipeline or (wanted.lora and self.family.supports_lora_loading)):
+            family_scheduler(self.family, spec)
 
     def _play_stage(self, index: int, starts: Mapping[str, RoleState]) -> dict[str, RoleState]:
         trainer, cast = self._build_stage(index, starts)
@@ -129,11 +140,13 @@ class _Run:
     def _build_stage(self, index: int, starts: Mapping[str, RoleState]) -> tuple[Trainer, Cast]:
         from stepdistill.cast import Cast
         from stepdistill.trainer import Trainer, TrainerSettings
+        from stepdistill.watching import open_monitor
 
         stage, objective, recipe = self.recipe.stages[index], self.objectives[index], self.recipe
         cast = Cast(
             self.family, objective.roles(), lora=lora_settings(stage, objective, self.family),
             starts=resolve_starts(stage, starts), checkpointing=stage.checkpointing, seed=recipe.seed,
+            size=recipe.data.size,
         )  # fmt: skip
         self.display.roles(cast.summary())
         players = {name: build_player(name, cast, stage, objective, self.accelerator) for name in cast.trained}
@@ -142,24 +155,36 @@ class _Run:
             steps=stage.steps, batch_size=stage.batch_size, accumulate=stage.accumulate, seed=recipe.seed,
             checkpoint_every=recipe.checkpoints.every, stage=index,
             first_step=sum(s.steps for s in recipe.stages[:index]),
+            **({} if recipe.health is None else {"skips": recipe.health.skips}),
         )  # fmt: skip
         trainer = Trainer(
             cast, objective, players, self.batches, self.accelerator, settings, self.folder.checkpoints,
-            self.folder.log,
+            self.folder.log, monitor=open_monitor(recipe, stage, objective, cast, self.accelerator),
+            on_step=self._on_step(cast, objective, players["student"], settings.first_step),
         )  # fmt: skip
-        previews = open_previews(recipe, self.family, objective.inference(), self.folder)
-
-        def on_step(progress: Any) -> None:
-            self.display.step(progress)
-            if previews is None or recipe.previews is None or not self.accelerator.is_main_process:
-                return
-            if progress.step == progress.steps or progress.step % recipe.previews.every == 0:
-                teacher = cast.denoiser("teacher") if "teacher" in objective.roles() else None
-                with players["student"].averaged():
-                    previews.write(cast.denoiser("student"), teacher, settings.first_step + progress.step)
-
-        trainer.on_step = on_step
         return trainer, cast
+
+    def _on_step(
+        self, cast: Cast, objective: Objective, student: Player, first_step: int
+    ) -> Callable[[Progress], None]:
+        """What happens after every iteration of a stage: progress is shown, and now and then a picture is made."""
+        from stepdistill.watching import open_previews, view_of
+
+        config = self.recipe.previews
+        previews = open_previews(self.recipe, self.family, objective.inference(), self.folder)
+
+        def on_step(progress: Progress) -> None:
+            self.display.step(progress)
+            if previews is None or config is None or not self.accelerator.is_main_process:
+                return
+            if progress.step == progress.steps or progress.step % config.every == 0:
+                with student.averaged():
+                    previews.write(
+                        cast.denoiser("student"), view_of(cast, objective, "teacher"), first_step + progress.step,
+                        critic=view_of(cast, objective, "critic"),
+                    )  # fmt: skip
+
+        return on_step
 
 
 def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState]) -> dict[str, RoleState]:
@@ -179,19 +204,26 @@ def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState]) -> dict[
 
 def trained_roles(objective: Objective) -> list[str]:
     """The roles that an objective trains."""
-    from stepdistill.objectives.base import Trained
+    from stepdistill.objectives.base import Head, Trained
 
-    return [name for name, role in objective.roles().items() if isinstance(role, Trained)]
+    return [name for name, role in objective.roles().items() if isinstance(role, Trained | Head)]
+
+
+def all_phases(stage: StageConfig, objective: Objective) -> Iterator[Phase]:
+    """The phases of all iterations of a stage; an objective may change them on the way."""
+    for step in range(stage.steps):
+        yield from objective.phases(step)
 
 
 def lora_settings(stage: StageConfig, objective: Objective, family: ModelFamily) -> dict[str, Any]:
-    """The adapters' settings of every role that the recipe trains as LoRA."""
+    """The adapters' settings of every role that the recipe trains as LoRA; heads have all their weights anyway."""
     from stepdistill.adapters import LoraSettings
+    from stepdistill.objectives.base import Trained
 
     found = {}
-    for name in trained_roles(objective):
+    for name, role in objective.roles().items():
         lora = stage.player(name).lora
-        if lora is not None:
+        if lora is not None and isinstance(role, Trained):
             found[name] = LoraSettings(lora.rank, lora.alpha, tuple(lora.targets or family.lora_targets))
     return found
 
@@ -202,11 +234,11 @@ def build_player(name: str, cast: Cast, stage: StageConfig, objective: Objective
     from stepdistill.recipe import optimizer_class
 
     config = stage.player(name)
-    repeats = sum(phase.repeats for phase in objective.phases(0) if name in phase.updates)
+    updates = sum(phase.repeats for phase in all_phases(stage, objective) if name in phase.updates)
     settings = PlayerSettings(
         optimizer=optimizer_class(config.optimizer, f"players.{name}.optimizer"),
         options={"lr": config.optimizer.lr, **config.optimizer.options},
-        schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=stage.steps * max(1, repeats),
+        schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=max(1, updates),
         clip=config.clip, ema=config.ema,
     )  # fmt: skip
     return Player(name, cast.parameters(name), settings, accelerator)
@@ -221,46 +253,71 @@ def open_batches(
     accelerator: Accelerator,
     display: Display,
 ) -> Batches:
-    """Prompts, their encodings and images, as the recipe says; only the streams that the objectives play."""
+    """Prompts, their encodings, images and pairs, as the recipe says; only the streams that the objectives play."""
     from stepdistill.data.batches import Batches
     from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
-    from stepdistill.data.images import load_images
-    from stepdistill.data.latents import LatentCache, LatentsOnTheFly
     from stepdistill.data.prompts import load_prompts
 
     data = recipe.data
-    needs = {phase.stream for objective in objectives for phase in objective.phases(0)}
+    played = zip(recipe.stages, objectives, strict=True)
+    needs = {phase.stream for stage, objective in played for phase in all_phases(stage, objective)}
+    pairs = open_pairs(recipe, family, folder, display) if "pairs" in needs else None
     prompts = load_prompts(data.prompts, count=data.count)
     display.say(prompts.summary())
     cache = ConditionCache(folder.cache, family, prompts) if data.cache and "prompts" in needs else None
     conditions = cache or EncodedOnTheFly(family, prompts)
     with display.counting("encoding prompts") as count:
         conditions.build(count)
-    latents: LatentCache | LatentsOnTheFly | None = None
+    batches = Batches(family, prompts, conditions, None, recipe.seed, accelerator.process_index,
+                      accelerator.num_processes, data.size, pairs=pairs)  # fmt: skip
     if data.images is not None and "images" in needs:
-        images = load_images(data.images, size=data.size or family.image_size)
-        if data.cache and data.count is not None:
-            latents = LatentCache(folder.cache, family, images, data.count)
-            with display.counting("encoding images") as count:
-                latents.build(count)
-        else:
-            latents = LatentsOnTheFly(family, images)
-    return Batches(family, prompts, conditions, latents, recipe.seed, accelerator.process_index,
-                   accelerator.num_processes, data.size)  # fmt: skip
+        open_images(batches, recipe, folder, display)
+    return batches
 
 
-def open_previews(recipe: Recipe, family: ModelFamily, spec: InferenceSpec | None, folder: RunFolder) -> Any:
-    """What draws the preview grids, or None."""
-    from stepdistill.data.prompts import load_prompts
-    from stepdistill.previews import Previews
+def open_images(batches: Batches, recipe: Recipe, folder: RunFolder, display: Display) -> None:
+    """Gives batches their images stream; with a cache, neither autoencoder nor text encoder works at every step."""
+    from stepdistill.data.cache import ConditionCache, EncodedTexts
+    from stepdistill.data.images import load_images
+    from stepdistill.data.latents import LatentCache, LatentsOnTheFly
+    from stepdistill.data.prompts import PromptSet
 
-    config = recipe.previews
-    if config is None:
-        return None
-    given = config.prompts
-    prompts = load_prompts(recipe.data.prompts, count=given).prompts if isinstance(given, int) else given
-    guidance = recipe.bench.teacher_guidance if recipe.bench else 3.0
-    return Previews(family, prompts, spec, folder.previews, config.seed, guidance=guidance, size=recipe.data.size)
+    data, family = recipe.data, batches.family
+    assert data.images is not None, "the caller asks only if the recipe does"
+    images = load_images(data.images, size=data.size or family.image_size)
+    if not data.cache or data.count is None:
+        batches.latents = LatentsOnTheFly(family, images)
+        return
+    # The number is that of the prompts; a folder may have fewer images.
+    latents = LatentCache(folder.cache, family, images, min(data.count, images.length or data.count))
+    with display.counting("encoding images") as count:
+        latents.build(count)
+    captions = PromptSet(tuple(dict.fromkeys(latents.captions)))
+    conditions = ConditionCache(folder.cache, family, captions)
+    with display.counting("encoding captions") as count:
+        conditions.build(count)
+    batches.latents, batches.encode = latents, EncodedTexts(conditions, captions)
+
+
+def open_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairStream:
+    """The stored pairs that the recipe names, with their prompts encoded.
+
+    Raises:
+        UserError: it names none, or they are not of its teacher.
+    """
+    from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
+    from stepdistill.data.pairs import REMEDY, PairStream, load_pairs
+
+    data = recipe.data
+    if data.pairs is None:
+        raise UserError(f"{recipe.where('data.pairs')}: missing, and an objective learns from stored pairs; {REMEDY}")
+    pairs = load_pairs(data.pairs, family, size=data.size)
+    display.say(pairs.summary())
+    cache = ConditionCache(folder.cache, family, pairs.prompts) if data.cache else None
+    conditions = cache or EncodedOnTheFly(family, pairs.prompts)
+    with display.counting("encoding the prompts of the pairs") as count:
+        conditions.build(count)
+    return PairStream(pairs, conditions)
 
 
 def finish(

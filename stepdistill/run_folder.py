@@ -129,7 +129,7 @@ class RunFolder:
         lora = lora_settings(stage, build_objective(stage.objective, recipe.source), family)
         averages = {name: player["ema"] for name, player in state["players"].items()}
         return {
-            name: RoleState(lora.get(name), _averaged(tensors, averages[name])) for name, tensors in roles.items()
+            name: RoleState(lora.get(name), _averaged(roles[name], average)) for name, average in averages.items()
         }, state["stage"]
 
     def _stage(self, stage: int) -> Path:
@@ -154,7 +154,7 @@ def _averaged(tensors: Mapping[str, Tensor], ema: Mapping[str, Any] | None) -> M
     if ema is None:
         return tensors
     names: list[str] = ema["names"]
-    return dict(zip(names, ema["shadow_params"], strict=True))
+    return {**tensors, **dict(zip(names, ema["shadow_params"], strict=True))}
 
 
 def _lora_tree(state: RoleState) -> dict[str, Any] | None:
@@ -165,10 +165,12 @@ def _lora_tree(state: RoleState) -> dict[str, Any] | None:
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     """Dotted keys at which two recipes differ."""
+    from stepdistill.recipe import NOT_COMPUTED
+
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         found = []
         for key in [*a, *(k for k in b if k not in a)]:
-            if prefix or key not in ("output", "device"):
+            if prefix or key not in NOT_COMPUTED:
                 found += _differences(a.get(key), b.get(key), f"{prefix}.{key}" if prefix else str(key))
         return found
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):

@@ -21,6 +21,24 @@ def uniform_times(schedule: NoiseSchedule, count: int, *, low: float, high: floa
     return low + (high - low) * torch.rand(count, dtype=torch.float64, device=device)
 
 
+def log_noise_times(schedule: NoiseSchedule, count: int, *, mean: float, std: float, device: torch.device) -> Tensor:
+    """Times at which log(sigma / alpha) is normal, (count,), float64: EDM's density (Karras et al. 2022, table 1).
+
+    For a flow, sigma = sigmoid(n) with n normal. For a VP network, the nearest of the timesteps that it has learnt.
+    """
+    n = mean + std * torch.randn(count, dtype=torch.float64, device=device)
+    t = schedule.t_from_log_snr(-2 * n)
+    if isinstance(schedule, VPSchedule):
+        return schedule.t_from_model_time(schedule.model_time(t).round())
+    return t
+
+
+def trailing(schedule: NoiseSchedule, steps: int) -> tuple[int, ...]:
+    """Evenly spaced Diffusers indices that begin at the last one: 25 of 1000 => 999, 959 ... 39."""
+    total = schedule.num_train_timesteps
+    return tuple(round(total * (1 - i / steps)) - 1 for i in range(steps))
+
+
 def grid(schedule: NoiseSchedule, timesteps: tuple[int, ...], device: torch.device) -> Tensor:
     """Diffusers timestep indices => times, (N,), float64."""
     return schedule.t_from_model_time(torch.tensor(timesteps, dtype=torch.float64, device=device))

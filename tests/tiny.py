@@ -17,6 +17,7 @@ from stepdistill.checkpoint import Checkpoints
 from stepdistill.condition import Condition
 from stepdistill.data.batches import Batches
 from stepdistill.data.cache import EncodedOnTheFly
+from stepdistill.data.latents import LatentBatch
 from stepdistill.data.prompts import PromptSet
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Objective, Phase, Role, Step, Trained
@@ -53,6 +54,7 @@ def tiny_recipe(teacher: str, output: Path, **changes: Any) -> dict[str, Any]:
         ],
         "checkpoints": {"every": 2},
         "previews": None,
+        "health": None,
         "export": {"pipeline": False, "lora": False},
     }
     return {**content, **changes}
@@ -71,6 +73,15 @@ def picture_of(condition: Condition, shape: tuple[int, int, int]) -> Tensor:
     flat = condition.tensors["prompt_embeds"].flatten(1).float()
     size = shape[0] * shape[1] * shape[2]
     return flat.repeat(1, -(-size // flat.shape[1]))[:, :size].reshape(-1, *shape)
+
+
+class PaintedLatents:
+    """An images stream without images: noise with an offset, a function of the arguments alone."""
+
+    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+        generator = torch.Generator().manual_seed(1000 * seed + start)
+        captions = [PROMPTS[number % len(PROMPTS)] for number in range(start, start + count)]
+        return LatentBatch(1.5 + 0.5 * torch.randn(count, 4, 8, 8, generator=generator), captions)
 
 
 @dataclass(frozen=True)

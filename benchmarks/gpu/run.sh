@@ -51,8 +51,7 @@ for name in $parts; do
       ;;
     overhead)
       for kind in "" "--lora"; do
-        part "overhead$kind" python benchmarks/iteration_overhead.py --device cuda $kind \
-          --output "$output/iteration_overhead.json"
+        part "overhead$kind" python benchmarks/overhead.py --device cuda $kind --output "$output/overhead.json"
       done
       ;;
     *) echo "unknown part $name" | tee -a "$summary" ;;

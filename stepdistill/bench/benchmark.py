@@ -16,6 +16,7 @@ from stepdistill.bench.generate import Generated, ModelUnderTest, generate_image
 from stepdistill.bench.metrics import shapes_judge
 from stepdistill.bench.metrics.clip_score import ClipEvaluator, clip_scores
 from stepdistill.bench.metrics.frechet import Moments, frechet_distance, kernel_distance
+from stepdistill.bench.metrics.manifold import precision_recall
 from stepdistill.bench.prompts import ShapesProtocol, render_scenes
 from stepdistill.data import shapes
 from stepdistill.errors import UserError
@@ -78,11 +79,12 @@ class Scorer:
         return torch.cat(features)
 
     def feature_scores(self, features: Tensor) -> dict[str, float]:
-        """Features of a model's images (N, D), prompt by prompt => fid, kid, clip_score."""
+        """Features of a model's images (N, D), prompt by prompt => fid, kid, clip_score, precision, recall."""
         return {
             "fid": frechet_distance(Moments(features.shape[1]).add(features), self.reference_moments),
             "kid": kernel_distance(features, self.reference),
             "clip_score": clip_scores(features, self.text_features).mean().item(),
+            **precision_recall(features, self.reference[: len(features)])._asdict(),
         }
 
     def real_scores(self) -> dict[str, float]:

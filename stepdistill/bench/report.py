@@ -29,6 +29,8 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "caption_accuracy": ("caption accuracy", "{:.1%}"),
     "images_all_correct": ("all correct", "{:.1%}"),
     "diversity": ("diversity", "{:.2f}"),
+    "precision": ("precision", "{:.2f}"),
+    "recall": ("recall", "{:.2f}"),
     "ms_per_image": ("ms / image", "{:.3g}"),
     "train_seconds": ("training, s", "{:,.0f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
@@ -41,7 +43,8 @@ class Row:
     """One model's results; None where a figure does not apply.
 
     `nfe`: network calls per image. `caption_accuracy`, `images_all_correct`: shares in [0, 1]. `diversity`: relative
-    to real data. `peak_gib`: accelerator memory while making images.
+    to real data. `precision`, `recall`: shares of features within the other set's neighbourhood. `peak_gib`:
+    accelerator memory while making images.
     """
 
     model: str
@@ -53,6 +56,8 @@ class Row:
     caption_accuracy: float | None = None
     images_all_correct: float | None = None
     diversity: float | None = None
+    precision: float | None = None
+    recall: float | None = None
     ms_per_image: float | None = None
     train_seconds: float | None = None
     peak_gib: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from stepdistill.condition import Condition
 from stepdistill.data.cache import Conditions
 from stepdistill.data.latents import Latents
+from stepdistill.data.pairs import REMEDY, PairStream
 from stepdistill.data.prompts import PromptSet, epoch_indices
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
@@ -31,6 +32,8 @@ class Batches:
         num_processes: how many there are.
         size: pixel size of the images, None for the teacher's own.
         drawn: micro-batches drawn so far, by stream.
+        encode: captions of images => condition; None: the family's own encoder.
+        pairs: the pairs stream, or None where the recipe has no pairs.
     """
 
     family: ModelFamily
@@ -42,17 +45,22 @@ class Batches:
     num_processes: int = 1
     size: int | None = None
     drawn: dict[str, int] = field(default_factory=dict)
+    encode: Callable[[Sequence[str]], Condition] | None = None
+    pairs: PairStream | None = None
     _null: Condition | None = field(default=None, init=False)
 
     def next(self, stream: str, count: int) -> Batch:
-        """The next micro-batch of `count` samples of "prompts" or "images"."""
+        """The next micro-batch of `count` samples of "prompts", "images" or "pairs"."""
         number = self.drawn.get(stream, 0)
         self.drawn[stream] = number + 1
         start = (number * self.num_processes + self.rank) * count
         if stream == "images":
             return self._images(start, count)
+        if stream == "pairs":
+            return self._pairs(start, count)
         indices = epoch_indices(self.seed, start, count, len(self.prompts))
-        return self._batch(self.conditions.conditions(indices), None)
+        texts = tuple(self.prompts.prompts[i] for i in indices)
+        return self._batch(self.conditions.conditions(indices), None, texts)
 
     def restore(self, drawn: Mapping[str, int]) -> None:
         """Goes on after a checkpoint."""
@@ -62,12 +70,22 @@ class Batches:
         if self.latents is None:
             raise UserError('this objective learns from images: set data.images to "shapes" or to a folder')
         latents, captions = self.latents.batch(self.seed, start, count)
-        return self._batch(self.family.encode_prompts(captions), latents.float())
+        encode = self.encode or self.family.encode_prompts
+        return self._batch(encode(captions), latents.float(), tuple(captions))
 
-    def _batch(self, condition: Condition, latents: Tensor | None) -> Batch:
+    def _pairs(self, start: int, count: int) -> Batch:
+        if self.pairs is None:
+            raise UserError(f"this objective learns from stored pairs: set data.pairs to their folder; {REMEDY}")
+        found, condition = self.pairs.draw(self.seed, start, count)
+        latents, noise = (tensor.to(self.family.device) for tensor in (found.latents, found.noise))
+        return self._batch(condition, latents, found.prompts, noise)
+
+    def _batch(
+        self, condition: Condition, latents: Tensor | None, prompts: tuple[str, ...], noise: Tensor | None = None
+    ) -> Batch:
         device = self.family.device
         shape = self.family.latent_shape(self.size)
         if self._null is None:  # the same for every batch: the text encoder need not work for it again
             self._null = self.family.null_condition(1).to(device)
         null = self._null[torch.zeros(len(condition), dtype=torch.long, device=device)]
-        return Batch(condition.to(device), null, shape, device, latents)
+        return Batch(condition.to(device), null, shape, device, latents, prompts, noise)

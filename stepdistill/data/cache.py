@@ -197,6 +197,22 @@ class ConditionCache:
         return self._shards[shard]
 
 
+class EncodedTexts:
+    """Encodings that are asked for by their text instead of by their number.
+
+    Args:
+        conditions: where the encodings are, already built.
+        prompts: the texts, in the order of their numbers.
+    """
+
+    def __init__(self, conditions: Conditions, prompts: PromptSet) -> None:
+        self._conditions = conditions
+        self._numbers = {text: number for number, text in enumerate(prompts.prompts)}
+
+    def __call__(self, texts: Sequence[str]) -> Condition:
+        return self._conditions.conditions([self._numbers[text] for text in texts])
+
+
 def conditions_fingerprint(family: ModelFamily, prompts: PromptSet) -> str:
     """sha256 (hexadecimal) of all that determines the encoded prompts: encoder weights, tokenizers, prompts."""
     parts: dict[str, object] = {"format": FORMAT, "family": family.name, "prompts": prompts.fingerprint}

@@ -42,6 +42,11 @@ class ImageSet(ABC):
     size: int
 
     @property
+    def length(self) -> int | None:
+        """How many images there are; None: endless."""
+        return None
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """sha256 (hexadecimal) that changes whenever an image, a caption or the size does."""
@@ -129,6 +134,11 @@ class FolderImages(ImageSet):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def length(self) -> int:
+        """How many images the folder has."""
+        return len(self)
 
     @property
     def fingerprint(self) -> str:

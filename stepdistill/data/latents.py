@@ -92,6 +92,11 @@ class LatentCache:
                 progress(len(self._captions), self._count)
         self._moments = {name: torch.cat([part[name] for part in parts]) for name in ("mean", "std")}
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Of all images, by number."""
+        return tuple(self._captions)
+
     def batch(self, seed: int, start: int, count: int) -> LatentBatch:
         """Draws from the posteriors of these samples, on the autoencoder's device."""
         indices = epoch_indices(seed, start, count, self._count)

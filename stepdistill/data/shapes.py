@@ -56,8 +56,8 @@ BACKGROUND_WORDINGS = ("on a {} background", "on {}", "against a {} background")
 UNNAMED_SHAPE = ("shape", "object")
 SUPERSAMPLING = 4
 
-# Centres lie on a grid of 8 pixels, the factor of the teacher's autoencoder: moving an object moves its latents by whole
-# cells and changes nothing else, so a small teacher learns every shape once and not once for each fraction of a cell.
+# Centres lie on a grid of 8 pixels, the factor of the teacher's autoencoder: moving an object moves its latents by
+# whole cells and changes nothing else, so a small teacher learns every shape once, not once for each part of a cell.
 GRID = (16, 24, 32, 40, 48)  # pixels
 
 

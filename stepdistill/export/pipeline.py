@@ -180,6 +180,20 @@ def _no_encoding(timesteps: list[int], possible: list[float]) -> UserError:
     )
 
 
+def family_scheduler(family: ModelFamily, spec: InferenceSpec) -> SchedulerMixin:
+    """The student's scheduler for a family's stock pipeline; see `student_scheduler`.
+
+    Raises:
+        UserError: no stock scheduler can express the spec, or the stock pipeline cannot begin as it says.
+    """
+    if spec.sampler == DETERMINISTIC and not family.scales_noise:
+        raise UserError(
+            f"{family.pipeline_class} gives its network unscaled noise, so a {DETERMINISTIC} student, which begins "
+            f"with scaled noise, cannot be exported; train it with sampler: {STOCHASTIC}"
+        )
+    return student_scheduler(family.pipeline.scheduler.config, spec)
+
+
 def input_scale(scheduler: SchedulerMixin) -> float:
     """What unit-variance noise is multiplied by before the network sees it at the first timestep."""
     from diffusers import EulerDiscreteScheduler
@@ -215,7 +229,7 @@ def export_pipeline(
     pipeline = copy.copy(family.pipeline)  # shallow: same components, own table of them
     changes: dict[str, Any] = {family.network_component: network}
     if spec is not None:
-        changes["scheduler"] = student_scheduler(pipeline.scheduler.config, spec)
+        changes["scheduler"] = family_scheduler(family, spec)
     pipeline.register_modules(**changes)
     pipeline.register_to_config(**_lost_config(pipeline, family.path))
     with atomic_folder(folder, marker="model_index.json") as new:

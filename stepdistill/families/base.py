@@ -34,6 +34,7 @@ class ModelFamily(ABC):
         lora_targets: layers that get a LoRA unless a recipe names others.
         supports_lora_loading: whether the stock pipeline has `load_lora_weights`.
         takes_latents: whether the stock pipeline has a `latents` argument.
+        scales_noise: whether the stock pipeline multiplies its noise by what the scheduler asks for.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,7 @@ class ModelFamily(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     supports_lora_loading: ClassVar[bool] = True
     takes_latents: ClassVar[bool] = True
+    scales_noise: ClassVar[bool] = True
 
     def __init__(self, pipeline: Any, path: str) -> None:
         self.pipeline = pipeline
@@ -63,6 +65,11 @@ class ModelFamily(ABC):
     def network_config(self) -> Any:
         """The Diffusers configuration of the denoising network."""
         return self.pipeline.components[self.network_component].config
+
+    @property
+    @abstractmethod
+    def feature_layers(self) -> tuple[str, ...]:
+        """The modules whose outputs a discriminator looks at, unless an objective names others."""
 
     @property
     def device(self) -> torch.device:

@@ -21,6 +21,11 @@ class DiT(ModelFamily):
     lora_targets = (*ATTENTION_TARGETS, "ff.net.0.proj", "ff.net.2", "norm1.linear")
     supports_lora_loading = False  # the stock pipeline has no LoRA loader: students are exported merged
     takes_latents = False
+    scales_noise = False
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return (f"transformer_blocks.{int(self.network_config.num_layers) // 2}",)
 
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         labels = condition.tensors["class_labels"]

@@ -21,6 +21,10 @@ class StableDiffusion(ModelFamily):
     lora_targets = (*ATTENTION_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
                     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
 
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return ("mid_block",)  # the bottleneck, as DMD2's code does
+
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         output: Tensor = network(
             x_t, model_time, encoder_hidden_states=condition.tensors["prompt_embeds"], return_dict=False

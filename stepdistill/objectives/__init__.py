@@ -13,7 +13,15 @@ from stepdistill.errors import UserError
 OBJECTIVES: dict[str, str] = {
     "denoising": "stepdistill.objectives.denoising:Denoising",
     "vsd": "stepdistill.objectives.vsd:VSD",
+    "regression": "stepdistill.objectives.regression:Regression",
+    "dmd": "stepdistill.objectives.dmd:DMD",
     "dmd2": "stepdistill.objectives.dmd2:DMD2",
+    "sid": "stepdistill.objectives.sid:SiD",
+    "f_distill": "stepdistill.objectives.f_distill:FDistill",
+    "esd": "stepdistill.objectives.esd:ESD",
+    "disback": "stepdistill.objectives.disback:DisBack",
+    "clip": "stepdistill.objectives.clip:Clip",
+    "sum": "stepdistill.objectives.weighted_sum:WeightedSum",
 }
 ENTRY_POINT_GROUP = "stepdistill.objectives"
 
@@ -22,6 +30,12 @@ def known_objectives() -> dict[str, str]:
     """All names that a recipe may use, with the place of each: ours and those of installed packages."""
     installed = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINT_GROUP)}
     return {**installed, **OBJECTIVES}
+
+
+def name_of(kind: type) -> str:
+    """The name by which `resolve` finds a class: a short one if it has one, else "package.module:Class"."""
+    place = f"{kind.__module__}:{kind.__qualname__}"
+    return next((name for name, known in known_objectives().items() if known == place), place)
 
 
 def resolve(name: str) -> type:

@@ -7,14 +7,15 @@ trainer. Subclassing is not needed: whatever has these four methods is an object
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.condition import Condition
+from stepdistill.sampling import Sampler
 
 
 if TYPE_CHECKING:
@@ -31,7 +32,34 @@ class Trained:
     """A role that is trained; the recipe decides whether as a full copy of the teacher or as adapters on it."""
 
 
-Role = Frozen | Trained
+FeatureShape = tuple[int, ...]  # of one sample's feature: (C, H, W) of a UNet's block, (N, C) of a transformer's
+
+
+@dataclass(frozen=True)
+class Head:
+    """A small trained module on a denoiser's features, such as a discriminator's; its buffers are kept with it.
+
+    Attributes:
+        build: shapes of the features that it will get => the module, freshly initialised.
+        layers: which modules of the network give the features; empty: the family's own choice.
+    """
+
+    build: Callable[[Sequence[FeatureShape]], nn.Module]
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A role that no optimiser touches: weights of the same kind as another role's, written by `Cast.copy`.
+
+    Attributes:
+        like: the trained role whose weights it can hold.
+    """
+
+    like: str
+
+
+Role = Frozen | Trained | Head | Recorded
 
 
 @dataclass(frozen=True)
@@ -42,7 +70,12 @@ class Batch:
         condition: encoded prompts, B rows.
         null: the unconditional condition, B rows.
         latent_shape: (C, H, W).
-        latents: encoded images of the same captions, (B, C, H, W), where the phase asked for the images stream.
+        latents: encoded images of the same captions, (B, C, H, W), where the phase asked for the images stream; the
+            teacher's finished samples, where it asked for the pairs stream.
+        prompts: the B prompts as text, for losses that look at the image.
+        pair_noise: the noise that the teacher's sampler made `latents` from, (B, C, H, W), in the pairs stream.
+        samples: what the student made of this batch and of which condition, where several losses look at the same
+            sample; None: each loss makes its own.
     """
 
     condition: Condition
@@ -50,6 +83,9 @@ class Batch:
     latent_shape: tuple[int, int, int]
     device: torch.device
     latents: Tensor | None = None
+    prompts: tuple[str, ...] = ()
+    pair_noise: Tensor | None = None
+    samples: dict[Hashable, tuple[Condition, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.condition)
@@ -99,7 +135,8 @@ class Phase:
         name: for logs.
         updates: the roles that are trainable while it runs; nobody else is.
         loss: one micro-batch => Loss.
-        stream: "prompts", or "images" where the loss needs encoded images.
+        stream: "prompts", "images" where the loss needs encoded images, or "pairs" where it needs stored pairs of
+            noise and teacher sample.
         repeats: optimiser steps in a row, each on a fresh batch (two time scales: critic 5, student 1).
     """
 
@@ -116,12 +153,13 @@ class InferenceSpec:
 
     Attributes:
         timesteps: the Diffusers indices that the student is told, falling, e.g. (999,) or (999, 749, 499, 249).
-        sampler: "stochastic" (clean prediction, then fresh noise: Diffusers' LCMScheduler) or "deterministic" (Euler).
+        sampler: "stochastic" (begins with unit noise; clean prediction, then fresh noise: Diffusers' LCMScheduler) or
+            "deterministic" (begins with sigma times the noise; goes on with the predicted noise: Euler).
         guidance_scale: what the user passes; 1 means no guidance, hence one network call a step.
     """
 
     timesteps: tuple[int, ...]
-    sampler: str = "stochastic"
+    sampler: Sampler = "stochastic"
     guidance_scale: float = 1.0
 
     @property
@@ -134,7 +172,10 @@ class Objective(Protocol):
     """The rules of one distillation game. A dataclass' fields are its options in a recipe."""
 
     def roles(self) -> Mapping[str, Role]:
-        """Who takes part; "teacher" and "student" are names that the rest of the toolkit knows."""
+        """Who takes part; "teacher" and "student" are names that the rest of the toolkit knows.
+
+        A trained role "critic" is taken for a denoiser of what the student makes, by what watches a run.
+        """
 
     def phases(self, step: int) -> Sequence[Phase]:
         """The turns of iteration `step`, a function of the step alone: curricula, segments, warm-ups."""

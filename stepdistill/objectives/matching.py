@@ -9,23 +9,46 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.losses import weighted_mse
 from stepdistill.objectives.base import Batch, Step
 from stepdistill.prediction import Levels, add_noise, native_target
-from stepdistill.sampling import stochastic
+from stepdistill.sampling import Sampler, approach
 from stepdistill.times import grid, uniform_times
 
 
-def rollout(student: Denoiser, batch: Batch, timesteps: tuple[int, ...], step: Step) -> Tensor:
+Guidance = float | tuple[float, float]
+
+
+def draw_guidance(guidance: Guidance, step: Step) -> float:
+    """A fixed scale as it is; of a range, one scale for the whole iteration, the same on every process.
+
+    The range is SNOOPI's PG-SB (arXiv 2412.02687, section 4.1).
+    """
+    if isinstance(guidance, tuple):
+        low, high = guidance
+        return step.shared("guidance").uniform(low, high)
+    return guidance
+
+
+def rollout(
+    student: Denoiser, batch: Batch, timesteps: tuple[int, ...], step: Step, sampler: Sampler = "stochastic"
+) -> Tensor:
     """A sample of the student as it will be used, (B, C, H, W): backward simulation, DMD2 (2405.14867) section 4.5.
 
     One of the few steps is drawn (the same on every process, so that all do equal work); the steps before it run
-    without a graph, and only the drawn step's clean prediction carries a gradient.
+    without a graph, and only the drawn step's clean prediction carries a gradient. Losses that share the batch's
+    samples get the same one, graph included.
     """
+    if batch.samples is None:
+        return _rollout(student, batch, timesteps, step, sampler)
+    key = student.weights, timesteps, sampler, torch.is_grad_enabled(), id(batch.condition)
+    if key not in batch.samples:  # the condition is kept too, since its id tells it apart only for as long as it lives
+        batch.samples[key] = batch.condition, _rollout(student, batch, timesteps, step, sampler)
+    return batch.samples[key][1]
+
+
+def _rollout(student: Denoiser, batch: Batch, timesteps: tuple[int, ...], step: Step, sampler: Sampler) -> Tensor:
     times = grid(student.schedule, timesteps, batch.device)
     last = step.shared("rollout").randrange(len(timesteps))
-    x = batch.noise()
-    if last > 0:
-        with torch.no_grad():
-            clean = stochastic(student, x, times[:last], batch.condition)
-        x = add_noise(student.schedule, clean, times[last].expand(len(x)), torch.randn_like(x))
+    with torch.no_grad():
+        x = approach(student, batch.noise(), times[: last + 1], batch.condition, sampler)
     return student(x, times[last].expand(len(x)), batch.condition).x0
 
 

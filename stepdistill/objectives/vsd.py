@@ -13,7 +13,8 @@ import torch
 
 from stepdistill.losses import pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
-from stepdistill.objectives.matching import critic_denoising, renoise, rollout
+from stepdistill.objectives.matching import Guidance, critic_denoising, draw_guidance, renoise, rollout
+from stepdistill.objectives.negatives import Pool, steered_student
 
 
 if TYPE_CHECKING:
@@ -26,22 +27,28 @@ class VSD:
 
     Attributes:
         timesteps: where the student is called; SwiftBrush: once, at 999.
-        guidance: guidance scale of the teacher.
+        guidance: guidance scale of the teacher, or a range from which every iteration draws one for both networks
+            (PG-SB, arXiv 2412.02687: 0.5 to 4).
         guide_critic: whether the critic is guided with the same scale, as SwiftBrush does. Then the *unguided* teacher
             is a fixed point; without it the guided teacher is.
         critic_updates: critic steps per student step (SwiftBrush: 1).
         condition_dropout: probability that a whole batch trains the critic's null branch (SwiftBrush's code: 0.1).
         t_min: lowest time of the student's loss, as a fraction (code: 0.02).
         t_max: highest time of the student's loss (code: 0.98).
+        negatives: negative prompts that the student is trained to keep away from (NASA-T, arXiv 2412.02687), as a list
+            or a file of prompts; the teacher's null prompt is replaced by them, the critic gets none. Empty: none.
+        nasa: strength of the negatives in the student, or a range to draw it from (NASA-T: 0 to 1).
     """
 
     timesteps: tuple[int, ...] = (999,)
-    guidance: float = 4.5
+    guidance: Guidance = 4.5
     guide_critic: bool = True
     critic_updates: int = 1
     condition_dropout: float = 0.1
     t_min: float = 0.02
     t_max: float = 0.98
+    negatives: Pool = ()
+    nasa: Guidance = (0.0, 1.0)
 
     def roles(self) -> Mapping[str, Role]:
         return {"teacher": Frozen(), "critic": Trained(), "student": Trained()}
@@ -60,19 +67,22 @@ class VSD:
 
     def student_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """SwiftBrush algorithm 1, the student's line."""
-        x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step)
+        student, null = steered_student(cast, batch, step, self.negatives, self.nasa)
+        x0 = rollout(student, batch, self.timesteps, step)
         teacher, critic = cast.denoiser("teacher"), cast.denoiser("critic")
         x_t, t = renoise(teacher, x0, self.t_min, self.t_max)
+        guidance = draw_guidance(self.guidance, step)
         with torch.no_grad():
-            real = teacher.guided(x_t, t, batch.condition, batch.null, self.guidance)
-            fake = critic.guided(x_t, t, batch.condition, batch.null, self.guidance if self.guide_critic else 1.0)
+            real = teacher.guided(x_t, t, batch.condition, null, guidance)
+            fake = critic.guided(x_t, t, batch.condition, batch.null, guidance if self.guide_critic else 1.0)
         direction = vsd_direction(real.eps, fake.eps, real.levels)
         return Loss({"matching": pseudo_loss(x0, direction)}, {"direction": direction.square().mean().sqrt()})
 
     def critic_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """SwiftBrush algorithm 1, the LoRA teacher's line; weighted by alpha_t^2 as in the released code."""
         with torch.no_grad():
-            x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step)
+            student, _ = steered_student(cast, batch, step, self.negatives, self.nasa)
+            x0 = rollout(student, batch, self.timesteps, step)
         dropped = step.shared("condition dropout").random() < self.condition_dropout
         drop = torch.full((len(batch),), dropped, device=batch.device)
         loss = critic_denoising(cast.denoiser("critic"), x0, batch, drop=drop, signal_weight=True)

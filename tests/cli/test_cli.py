@@ -27,7 +27,7 @@ from stepdistill.recipe_text import parse_yaml
 ROOT = Path(__file__).resolve().parents[2]
 HELP_FILE = ROOT / "docs" / "cli.txt"
 FACTS_FILE = "distillation_config.json"
-COMMANDS = ("train", "sample", "bench", "export", "list")
+COMMANDS = ("train", "sample", "bench", "export", "merge", "data", "data pairs", "list")
 
 RECIPE = """\
 name: tiny
@@ -379,7 +379,7 @@ def captured_help() -> str:
     parts = [
         f"Captured with typer {importlib.metadata.version('typer')} by `python -m tests.cli.test_cli --update`.\n"
     ]
-    for words in ([], *([command] for command in COMMANDS)):
+    for words in ([], *(command.split() for command in COMMANDS)):
         shown = runner.invoke(cli.app, [*words, "--help"], prog_name="stepdistill", color=False)
         assert shown.exit_code == 0, shown.output
         lines = [line.rstrip() for line in shown.output.strip().splitlines()]

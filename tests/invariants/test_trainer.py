@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,16 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.cast import Cast
-from stepdistill.checkpoint import tensors_equal
+from stepdistill.checkpoint import Checkpoints, tensors_equal
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
-from stepdistill.objectives.base import Batch, Loss, Phase, Step
+from stepdistill.health import HealthSettings, Monitor
+from stepdistill.objectives.base import Batch, Frozen, Head, Loss, Phase, Role, Step, Trained
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.objectives.vsd import VSD
 from stepdistill.player import Player, PlayerSettings
-from stepdistill.trainer import Trainer
-from tests.tiny import LORA, Copying, trainer_of, weights_of
+from stepdistill.recipe import Recipe
+from stepdistill.run import train
+from stepdistill.trainer import Interrupted, Trainer
+from tests.tiny import LORA, PROMPTS, Copying, tiny_recipe, trainer_of, weights_of
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,25 +178,233 @@ def test_gradients_are_clipped_per_role_and_the_norm_before_is_reported() -> Non
         assert parameter.grad is None
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_weights_and_checkpoints_alone(
+# ---- what is not finite, and what has collapsed --------------------------------------------------------------------
+
+SKIPPED = r"stage 1, step 4: phase 'copying': {} is not finite; 4 step\(s\) in a row were skipped"
+
+
+@dataclasses.dataclass(frozen=True)
+class FailingFrom(Copying):
+    """Copying whose loss is not finite in some iterations."""
+
+    first: int = 0
+    last: int = 1000
+
+    def loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
+        bad = self.first <= step.index <= self.last
+        return Loss({"copying": super().loss(cast, batch, step).total * (float("nan") if bad else 1.0)})
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is no JSON")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_a_loss_that_stays_not_finite_stops_the_run_and_never_touches_the_weights(
     sd: ModelFamily, tmp_path: Path
 ) -> None:
     trainer = trainer_of(sd, Spoilt(spoil=lambda loss: loss / 0), lora={"student": LORA}, folder=tmp_path,
-                         checkpoint_every=1)  # fmt: skip
+                         checkpoint_every=1, steps=9)  # fmt: skip
     before = weights_of(trainer)
-    with pytest.raises(UserError, match=r"phase 'copying', step 0: copying is not finite"):
+    with pytest.raises(UserError, match=SKIPPED.format("copying") + ".*Lower the .*No checkpoint had been written"):
         trainer.run()
     assert tensors_equal(weights_of(trainer), before)
     assert not (tmp_path / "checkpoints").exists()
+    assert [line["skipped"] for line in logged(tmp_path)] == [1.0] * 4
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(sd: ModelFamily) -> None:
     """sqrt has the finite value 0 and an infinite slope at 0."""
-    trainer = trainer_of(sd, Spoilt(spoil=lambda loss: (loss - loss.detach()).abs().sqrt()), lora={"student": LORA})
+    spoilt = Spoilt(spoil=lambda loss: (loss - loss.detach()).abs().sqrt())
+    trainer = trainer_of(sd, spoilt, lora={"student": LORA}, steps=9, player={"ema": 0.5})
     before = weights_of(trainer)
-    with pytest.raises(UserError, match=r"role 'student'.*gradient.*not finite"):
+    with pytest.raises(UserError, match=SKIPPED.format("student/gradient_norm")):
         trainer.run()
     assert tensors_equal(weights_of(trainer), before)
+    assert trainer.players["student"].updates == 0
+
+
+def test_no_skips_stop_at_the_first_value_that_is_not_finite(sd: ModelFamily) -> None:
+    trainer = trainer_of(sd, FailingFrom(first=1), lora={"student": LORA}, steps=9, skips=0)
+    with pytest.raises(UserError, match=r"step 2: phase 'copying': copying is not finite; 1 step\(s\)"):
+        trainer.run()
+
+
+def test_a_few_bad_iterations_are_skipped_noted_and_survived(sd: ModelFamily, tmp_path: Path) -> None:
+    trainer = trainer_of(sd, FailingFrom(first=1, last=2), lora={"student": LORA}, folder=tmp_path, steps=5,
+                         checkpoint_every=1)  # fmt: skip
+    trainer.checkpoints = Checkpoints(tmp_path / "checkpoints", keep=9)
+    seen, told = [weights_of(trainer)], []
+
+    def remember(progress: Any) -> None:
+        seen.append(weights_of(trainer))
+        told.append(progress.doubts)
+
+    trainer.on_step = remember
+    trainer.run()
+    same = [tensors_equal(before, after) for before, after in itertools.pairwise(seen)]
+    assert same == [False, True, True, False, False]
+    assert [line.get("skipped", 0.0) for line in logged(tmp_path)] == [0.0, 1.0, 1.0, 0.0, 0.0]
+    assert ["copying" in line for line in logged(tmp_path)] == [True, False, False, True, True]
+    assert [bool(doubts) for doubts in told] == [False, True, True, False, False]
+    assert trainer.checkpoints.steps() == [1, 4, 5], "no checkpoint is written in doubt"
+    assert trainer.players["student"].updates == 3
+
+
+def test_repeated_nan_keeps_the_last_good_checkpoint_and_a_run_goes_on_from_it(sd_folder: str, tmp_path: Path) -> None:
+    def make(objective: Any, folder: Path) -> Trainer:
+        return trainer_of(load_family(sd_folder), objective, lora={"student": LORA}, folder=folder, steps=9,
+                          checkpoint_every=1)  # fmt: skip
+
+    failing = make(FailingFrom(first=3), tmp_path)
+    snapshots = {}
+    failing.on_step = lambda progress: snapshots.update({progress.step: weights_of(failing)})
+    with pytest.raises(UserError, match=r"step 7: .*last good checkpoint is .*step-0000003.*--checkpoint 3"):
+        failing.run()
+    assert failing.checkpoints is not None
+    assert failing.checkpoints.steps() == [2, 3]
+    mended, straight = make(Copying(), tmp_path / "mended"), make(Copying(), tmp_path / "straight")
+    mended.resume(*failing.checkpoints.load(3))
+    assert tensors_equal(weights_of(mended), snapshots[3])
+    mended.run()
+    straight.run()
+    assert tensors_equal(weights_of(mended), weights_of(straight))
+
+
+def test_all_roles_of_a_phase_move_or_none_does(sd: ModelFamily) -> None:
+    class Pair(Copying):
+        def roles(self) -> dict[str, Role]:
+            return {"teacher": Frozen(), "student": Trained(), "other": Trained()}
+
+        def phases(self, step: int) -> Sequence[Phase]:
+            return (Phase("pair", ("student", "other"), self.loss),)
+
+        def loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
+            fine = super().loss(cast, batch, step).total
+            other = super().loss(cast.renamed({"student": "other"}), batch, step).total
+            return Loss({"fine": fine, "other": (other - other.detach()).abs().sqrt()})
+
+    trainer = trainer_of(sd, Pair(), lora={"student": LORA, "other": LORA})
+    before = weights_of(trainer)
+    trainer._iterate()
+    assert trainer._wrong == ["phase 'pair': other/gradient_norm is not finite"]
+    assert tensors_equal(weights_of(trainer), before)
+    assert all(p.grad is None for role in trainer.players for p in trainer.cast.parameters(role).values())
+
+
+class Noting(torch.nn.Module):
+    """A head that notes how often it was asked."""
+
+    asked: Tensor
+
+    def __init__(self, shapes: Sequence[Any]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("asked", torch.zeros(()))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            self.asked += 1
+        return self.weight * features[0].mean()
+
+
+def test_what_a_head_noted_in_a_skipped_update_is_forgotten(sd: ModelFamily) -> None:
+    class Headed(Copying):
+        def roles(self) -> dict[str, Role]:
+            return {**super().roles(), "head": Head(Noting)}
+
+        def phases(self, step: int) -> Sequence[Phase]:
+            return (Phase("head", ("head",), self.loss),)
+
+        def loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
+            t = torch.full((len(batch),), 0.5, dtype=torch.float64)
+            said = cast.head("head")(cast.denoiser("teacher"), batch.noise(), t, batch.condition)
+            return Loss({"head": said * (float("inf") if step.index == 1 else 1.0)})
+
+    trainer = trainer_of(sd, Headed(), lora={"student": LORA}, steps=4)
+    trainer.run()
+    assert trainer.cast.tensors("head")["asked"].item() == 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Breaking(Copying):
+    """Copying whose student gives one and the same picture from some iteration on."""
+
+    at: int = 3
+
+    def after_step(self, cast: Cast, step: int) -> None:
+        if step == self.at:
+            with torch.no_grad():
+                cast.parameters("student")["conv_out.bias"].fill_(1e4)
+
+
+def watched(family: ModelFamily, objective: Any, folder: Path, **settings: Any) -> Trainer:
+    """A trainer with a monitor that looks after every iteration, and a checkpoint after each."""
+    trainer = trainer_of(family, objective, folder=folder, **{"steps": 9, "checkpoint_every": 1, **settings})
+    health = HealthSettings(every=1, prompts=2, teacher_steps=2, grace=0, patience=2)
+    trainer.monitor = Monitor.of(trainer.cast, objective, PROMPTS, health)
+    return trainer
+
+
+def test_a_collapse_stops_the_run_with_a_diagnosis_and_a_run_goes_on_from_the_last_good_checkpoint(
+    sd_folder: str, tmp_path: Path
+) -> None:
+    broken = watched(load_family(sd_folder), Breaking(), tmp_path)
+    seen = []
+    broken.on_step = seen.append
+    with pytest.raises(UserError) as caught:
+        broken.run()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith("stage 1, step 5: the student has collapsed: ")
+    for part in ("contrast", "diversity", "scale", " is above ", "in 2 measurement(s) in a row", "learning rate",
+                 f"The last good checkpoint is {tmp_path / 'checkpoints' / 'step-0000003'}",
+                 f"stepdistill export {tmp_path} --checkpoint 3"):  # fmt: skip
+        assert part in text, part
+    assert [bool(progress.doubts) for progress in seen] == [False, False, False, True, True]
+    assert all(line["health/scale"] == p.health["scale"] for line, p in zip(logged(tmp_path), seen, strict=True))
+    assert broken.checkpoints is not None
+    assert broken.checkpoints.steps() == [2, 3], "nothing good was removed for something bad"
+    mended = watched(load_family(sd_folder), Copying(), tmp_path / "mended")
+    mended.resume(*broken.checkpoints.load(3))
+    mended.run()
+    straight = watched(load_family(sd_folder), Copying(), tmp_path / "straight")
+    straight.run()
+    assert tensors_equal(weights_of(mended), weights_of(straight))
+    health = [[{k: v for k, v in line.items() if k.startswith("health/")} for line in logged(tmp_path / name)]
+              for name in ("mended", "straight")]  # fmt: skip
+    assert health[0] == health[1][3:]
+    assert mended.monitor is not None and straight.monitor is not None
+    assert mended.monitor.best == straight.monitor.best
+
+
+def test_an_interrupted_run_in_doubt_leaves_the_good_checkpoint_as_the_newest(sd: ModelFamily, tmp_path: Path) -> None:
+    trainer = watched(sd, Breaking(at=2), tmp_path)
+
+    def interrupt(progress: Any) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.on_step = interrupt
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert trainer.checkpoints is not None
+    assert trainer.checkpoints.steps() == [1, 2]
+
+
+def test_an_absurd_learning_rate_ends_a_run_with_one_line(sd_folder: str, tmp_path: Path) -> None:
+    content = tiny_recipe(sd_folder, tmp_path / "run", checkpoints={"every": 1})
+    content["health"] = {"every": 1, "prompts": 2, "teacher_steps": 2, "grace": 0, "patience": 2}
+    stage = content["stages"][0]
+    stage.update(steps=12, accumulate=1, players={"default": {"optimizer": {"lr": 1e4}, "clip": None}})
+    with pytest.raises(UserError, match=r"^stage 1, step \d+: .*(has collapsed|is not finite).*$"):
+        train(Recipe.from_mapping(content))
+    log = logged(tmp_path / "run")
+    assert len(log) < 12
+    assert not (tmp_path / "run" / "checkpoints" / "stage-0").exists()
 
 
 def test_a_role_that_gets_no_gradient_is_named(sd: ModelFamily) -> None:

@@ -131,7 +131,7 @@ def test_the_options_of_an_own_objective_are_checked_like_ours(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dmd3", r"unknown objective 'dmd3'; did you mean 'dmd2'\?.*package\.module:Class"),
+        ("dmd22", r"unknown objective 'dmd22'; did you mean 'dmd2'\?.*package\.module:Class"),
         ("nothing_like_it", "unknown objective 'nothing_like_it'; known: .*dmd2.*vsd"),
         ("no_such_module:Thing", "'no_such_module:Thing' could not be imported: No module named 'no_such_module'"),
         ("stepdistill.objectives.dmd2:DMD9", "could not be imported: .*DMD9"),

@@ -206,7 +206,8 @@ def test_a_family_trains_with_an_objective(
         "teacher": sd_folder if family == "sd" else dit_folder,
         "data": {"prompts": str(tmp_path / "prompts.txt"), "images": str(tmp_path / "images"), "size": 16},
         "stages": [{"objective": {"name": objective, **options}, "steps": 1, "batch_size": 2}],
-        "previews": None, "export": {"pipeline": False, "lora": False},
+        "previews": None, "health": {"prompts": 1, "teacher_steps": 2},
+        "export": {"pipeline": False, "lora": False},
     }  # fmt: skip
     train(Recipe.from_mapping(content))
     assert '"student/gradient_norm"' in (tmp_path / "run" / "metrics.jsonl").read_text()

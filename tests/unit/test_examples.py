@@ -101,7 +101,8 @@ def test_an_objective_of_ones_own_trains_from_a_recipe_by_its_python_path(
             "objective": {"name": "own_objective:Regression", "guidance": 1.0, "teacher_steps": 2},
             "steps": 25, "batch_size": 4, "players": {"default": {"optimizer": {"lr": 5e-3}}},
         }],
-        "previews": None, "export": {"pipeline": False, "lora": False},
+        "previews": None, "health": {"prompts": 1, "teacher_steps": 2},
+        "export": {"pipeline": False, "lora": False},
     }  # fmt: skip
     train(Recipe.from_mapping(content))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from stepdistill.errors import UserError
+from stepdistill.options import build_dataclass
 from stepdistill.recipe import (
     ObjectiveConfig,
     OptimizerConfig,
     PlayerConfig,
     Recipe,
-    build_dataclass,
     build_objective,
     bundled_recipes,
     optimizer_class,
@@ -296,9 +296,9 @@ def test_a_mistaken_option_of_an_objective_is_a_line(options: dict[str, Any], li
 
 def test_an_unknown_objective_names_the_place_and_the_nearest_one() -> None:
     with pytest.raises(
-        UserError, match=r"x: stages\.0\.objective\.name: unknown objective 'dmd3'; did you mean 'dmd2'"
+        UserError, match=r"x: stages\.0\.objective\.name: unknown objective 'dmd22'; did you mean 'dmd2'"
     ):
-        build_objective(ObjectiveConfig(name="dmd3"), "x: stages.0.objective")
+        build_objective(ObjectiveConfig(name="dmd22"), "x: stages.0.objective")
 
 
 def test_a_class_without_fields_cannot_be_an_objective_of_a_recipe() -> None:

@@ -1,0 +1,216 @@
+"""The leaderboard: every objective from one teacher, with the same number of network passes.
+
+    python benchmarks/objectives.py                          # every cell that is not measured yet, one after another
+    python benchmarks/objectives.py --cells dmd2_1step,sid_1step --passes 400000
+    python benchmarks/objectives.py --seeds 0,1,2 --passes 2000000 --device cuda
+
+A cell is a recipe of recipes/shapes and a seed; a later method joins by adding a recipe to CELLS. The passes of an
+iteration are counted by a hook while it runs twice, and the recipe's steps are scaled so that all cells spend the same
+number. A cell runs in a process of its own, resumes where it was stopped, and is skipped once it is measured. Results
+go to benchmarks/results/objectives.json; `render_tables.py` puts them into docs/leaderboard.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepdistill import train
+from stepdistill.bench import report
+from stepdistill.bench.benchmark import Provenance, run_benchmark
+from stepdistill.bench.generate import ModelUnderTest
+from stepdistill.bench.prompts import ShapesProtocol
+from stepdistill.recipe import Recipe, build_objective
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CELLS = (
+    "vsd_1step", "swiftbrush_v2_1step", "esd_1step", "dmd_1step", "dmd2_1step", "dmd2_gan_1step", "dmd2_2step",
+    "dmd2_4step", "f_distill_1step", "sid_1step", "sid_4step", "disback_1step",
+)  # fmt: skip
+QUIET = ("previews=null", "bench=null", "checkpoints.keep=1")
+GRADIENT_COST = 3  # a pass that is differentiated counts as itself and two more
+
+
+@dataclass
+class PassCounter:
+    """Counts passes of denoising networks, in samples."""
+
+    kind: type[nn.Module]
+    passes: int = 0
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A forward pre-hook of every module; only whole denoisers count. One that ends early counts whole."""
+        if isinstance(module, self.kind):
+            differentiated = torch.is_grad_enabled() and (
+                inputs[0].requires_grad or any(p.requires_grad for p in module.parameters())
+            )
+            self.passes += len(inputs[0]) * (GRADIENT_COST if differentiated else 1)
+
+
+@contextmanager
+def counting(kind: type[nn.Module]) -> Iterator[PassCounter]:
+    """Inside, every pass of a network of this class is counted."""
+    counter = PassCounter(kind)
+    handle = nn.modules.module.register_module_forward_pre_hook(counter)
+    try:
+        yield counter
+    finally:
+        handle.remove()
+
+
+def passes_per_iteration(recipe: Recipe, folder: Path) -> list[int]:
+    """Network passes, in samples, of one iteration of every stage: the difference between three iterations and one."""
+    from stepdistill.families import load_family
+
+    kind = type(load_family(recipe.resolved().teacher).network())
+
+    def spent(steps: Sequence[int]) -> int:
+        stages = [stage.model_copy(update={"steps": n}) for stage, n in zip(recipe.stages, steps, strict=True)]
+        export = recipe.export.model_copy(update={"pipeline": False, "lora": False})
+        short = recipe.model_copy(update={"stages": stages, "export": export, "output": str(folder)})
+        with counting(kind) as counter:
+            train(short, resume=False)
+        return counter.passes
+
+    ones = [1] * len(recipe.stages)
+    least = spent(ones)
+    return [(spent([3 if i == n else 1 for i in range(len(ones))]) - least) // 2 for n in range(len(ones))]
+
+
+def scaled(recipe: Recipe, per_iteration: Sequence[int], budget: int) -> Recipe:
+    """The recipe with its stages' steps scaled by one factor, so that it spends about `budget` passes."""
+    planned = sum(stage.steps * n for stage, n in zip(recipe.stages, per_iteration, strict=True))
+    factor = budget / planned
+    stages = [stage.model_copy(update={"steps": max(1, round(stage.steps * factor))}) for stage in recipe.stages]
+    return recipe.model_copy(update={"stages": stages})
+
+
+def run_cell(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains one cell, measures its exported pipeline, and returns its row."""
+    folder = args.work / f"{name}-seed{seed}"
+    overrides = [
+        *QUIET,
+        f"output={folder / 'run'}",
+        f"seed={seed}",
+        f"device={args.device}",
+        f"teacher={args.teacher}",
+    ]
+    recipe = Recipe.load(ROOT / "recipes/shapes" / f"{name}.yaml", [*overrides, *args.override])
+    plan = folder / "passes.json"
+    if not plan.is_file():
+        counts = passes_per_iteration(recipe, folder / "count")
+        plan.write_text(json.dumps(counts))
+    per_iteration = json.loads(plan.read_text())
+    recipe = scaled(recipe, per_iteration, args.passes)
+    result = train(recipe)
+    assert result.pipeline is not None, "every cell's recipe exports its pipeline"
+    spec = build_objective(recipe.stages[-1].objective, recipe.source).inference()
+    assert spec is not None, "every cell makes a few-step student"
+    log = (result.folder / "metrics.jsonl").read_text().splitlines()
+    seconds = sum(json.loads(line)["seconds"] for line in log)
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_memory()
+    model = ModelUnderTest(name, str(result.pipeline), spec.num_steps, spec.guidance_scale, train_seconds=seconds)
+    row = measured(model, args, folder / "report", recipe.sha256)
+    spent = sum(stage.steps * n for stage, n in zip(recipe.stages, per_iteration, strict=True))
+    iterations = sum(stage.steps for stage in recipe.stages)
+    return {**row, "seed": seed, "iterations": iterations, "passes": spent, "training_peak_gib": peak / 2**30}
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process, in bytes."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def measured(model: ModelUnderTest, args: argparse.Namespace, folder: Path, sha256: str | None) -> dict[str, Any]:
+    """One row of the benchmark."""
+    device = "cuda" if args.device == "cuda" else "cpu"
+    protocol = ShapesProtocol(args.prompts, 8)
+    found = run_benchmark([model], protocol=protocol, output=folder, device=device,
+                          provenance=Provenance(model.name, sha256))  # fmt: skip
+    return asdict(found.rows[0])
+
+
+def run_teacher(args: argparse.Namespace) -> dict[str, Any]:
+    """The row to compare with."""
+    model = ModelUnderTest("teacher", args.teacher, 25, args.guidance)
+    row = measured(replace(model, name="teacher, 25 guided steps"), args, args.work / "teacher", None)
+    return {**row, "seed": 0}
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Writes what is measured so far."""
+    rows = [json.loads(path.read_text()) for path in sorted(args.work.glob("*/row.json"))]
+    rows.sort(key=lambda row: (row["model"] != "teacher, 25 guided steps", row["nfe"], row["fid"]))
+    result = {
+        "name": "objectives", "date": report.today(), "device": report.device_name(args.device),
+        "versions": report.installed_versions(), "seeds": {"runs": sorted({row["seed"] for row in rows})},
+        "recipe_sha256": None, "protocol": {"passes": args.passes, "prompts": args.prompts, "teacher": args.teacher},
+        "rows": rows,
+    }  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def run_in_own_process(name: str, seed: int, arguments: Sequence[str]) -> bool:
+    """So that peak memory is the cell's own, and one cell's failure is not the others'."""
+    command = [sys.executable, __file__, *arguments, "--one", f"{name}:{seed}"]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", default=",".join(CELLS), help="names of recipes in recipes/shapes")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--passes", type=int, default=200_000, help="network passes of one sample, for each cell")
+    parser.add_argument("--prompts", type=int, default=256, help="of the benchmark, 8 images each")
+    parser.add_argument("--teacher", default="assets/shapes/teacher")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher's own row")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/leaderboard")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/objectives.json")
+    parser.add_argument("--override", action="append", default=[], help="key.path=value for every recipe")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the number of cells that failed."""
+    args = parsed(arguments)
+    if args.one:
+        name, seed = args.one.rsplit(":", 1)
+        row = run_teacher(args) if name == "teacher" else run_cell(name, int(seed), args)
+        folder = args.work / ("teacher" if name == "teacher" else f"{name}-seed{seed}")
+        (folder / "row.json").write_text(json.dumps(row))
+        return 0
+    failed = []
+    given = list(arguments if arguments is not None else sys.argv[1:])
+    cells = [("teacher", 0)] + [(name, int(seed)) for seed in args.seeds.split(",") for name in args.cells.split(",")]
+    for name, seed in cells:
+        folder = args.work / ("teacher" if name == "teacher" else f"{name}-seed{seed}")
+        if not (folder / "row.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not run_in_own_process(name, seed, given):
+                failed.append(name)
+                continue
+        collect(args)
+    if failed:
+        print(f"failed: {', '.join(failed)}; the other cells are in {args.output}")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

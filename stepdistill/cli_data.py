@@ -1,0 +1,146 @@
+"""The commands below `stepdistill data`: what is made before a training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stepdistill.errors import UserError
+from stepdistill.terminal import device_of, hide_loading_bars, open_console
+
+
+if TYPE_CHECKING:
+    from stepdistill.data.pair_maker import PairSettings
+    from stepdistill.data.prompts import PromptSet
+    from stepdistill.recipe import Recipe
+
+
+PAIRS_FOLDER = "pairs"
+
+data_app = typer.Typer(
+    name="data",
+    help="Make data that objectives learn from.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@data_app.command()
+def pairs(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_TEACHER",
+            help="A recipe, whose teacher, prompts, seed, precision, folder of pairs and, from its bench block, steps "
+            "and guidance are taken; or a Diffusers folder or hub id.",
+        ),
+    ],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="How the pairs are made: count, sampler (ddim, dpm++, euler, unipc), steps, guidance, seed, states, "
+            "size, precision, batch_size, shard_size.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts of the pairs: shapes, or a file. Default: the recipe's.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the pairs. Default: the recipe's data.pairs, or pairs.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... Default: the recipe's, or auto.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Replace pairs in the folder that were made otherwise.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar; errors only.")] = False,
+) -> None:
+    """Store noise and what the teacher makes of it; goes on where it was stopped."""
+    job = _pair_job(source, options or [], prompts)
+    from stepdistill.console import Display
+    from stepdistill.data.pair_maker import make_pairs
+    from stepdistill.families import load_family
+
+    hide_loading_bars()
+    folder = output or job.folder
+    display = Display(None if quiet else open_console())
+    display.say(job.prompts.summary())
+    display.say(f"loading {job.teacher}")
+    family = load_family(job.teacher, device=device_of(device or job.device))
+    try:
+        with display.counting("making pairs") as count:
+            made = make_pairs(family, job.prompts, folder, job.settings, fresh=fresh, progress=count)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: whole shards left at {folder}; the same command goes on from them", err=True)
+        raise
+    display.say(made.summary())
+    typer.echo(str(folder))
+
+
+@dataclass(frozen=True)
+class _PairJob:
+    """What `stepdistill data pairs` is to do."""
+
+    teacher: str
+    prompts: PromptSet
+    settings: PairSettings
+    folder: Path
+    device: str
+
+
+def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _PairJob:
+    """The job that a recipe describes, or a teacher with its prompts, with the options that change it."""
+    from stepdistill.data.pair_maker import PairSettings
+    from stepdistill.data.prompts import SHAPES_SOURCE, load_prompts
+    from stepdistill.options import build_dataclass
+
+    given = _read_options(options)
+    recipe = _recipe_of(source)
+    known = {} if recipe is None else _settings_of(recipe)
+    settings: PairSettings = build_dataclass(PairSettings, {**known, **given}, "pairs")
+    if prompts is not None:
+        # A file is taken whole, so that a larger count goes on with the same prompts; shapes are endless.
+        texts = load_prompts(prompts, count=settings.count if prompts == SHAPES_SOURCE else None)
+    elif recipe is not None:
+        texts = load_prompts(recipe.data.prompts, count=recipe.data.count)
+    else:
+        raise UserError("--prompts is missing: a teacher alone says nothing about them; give a file, or shapes with "
+                        "count=4096")  # fmt: skip
+    if recipe is None:
+        return _PairJob(source, texts, settings, Path(PAIRS_FOLDER), "auto")
+    return _PairJob(recipe.teacher, texts, settings, Path(recipe.data.pairs or PAIRS_FOLDER), recipe.device)
+
+
+def _recipe_of(source: str) -> Recipe | None:
+    """The recipe that is meant, if it is one: by its suffix, or by the name of a bundled one."""
+    from stepdistill.recipe import Recipe, bundled_recipes
+
+    if Path(source).suffix in (".yaml", ".yml") or (source in bundled_recipes() and not Path(source).exists()):
+        return Recipe.load(source)
+    return None
+
+
+def _settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says about how its teacher is sampled; what it does not say is left to the defaults."""
+    bench = recipe.bench
+    sampling = {} if bench is None else {"steps": bench.teacher_steps, "guidance": bench.teacher_guidance}
+    return {"seed": recipe.seed, "precision": recipe.precision, "size": recipe.data.size, **sampling}
+
+
+def _read_options(options: Sequence[str]) -> dict[str, Any]:
+    from stepdistill.recipe_text import parse_yaml
+
+    given: dict[str, Any] = {}
+    for text in options:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{text!r} is not key=value, for example count=4096")
+        given[key] = parse_yaml(value, f"pairs.{key}")
+    return given

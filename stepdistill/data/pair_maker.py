@@ -1,0 +1,211 @@
+"""Makes pairs of noise and the teacher's sample, shard by shard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from stepdistill.data.pairs import (
+    INDEX,
+    PairSet,
+    Progress,
+    differences,
+    fingerprint_of,
+    load_pairs,
+    read_index,
+    shard_header,
+    shard_path,
+    shard_ranges,
+    teacher_facts,
+)
+from stepdistill.data.prompts import PromptSet
+from stepdistill.data.sampler import StockSampler, Trajectory
+from stepdistill.errors import UserError
+from stepdistill.families.base import ModelFamily
+from stepdistill.seeds import seed_of
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Which pairs are made, and how.
+
+    Attributes:
+        count: how many; None: one per prompt. More than there are prompts begin anew with other noise.
+        sampler: the stock scheduler: ddim, dpm++, euler or unipc.
+        steps: of the sampler.
+        guidance: standard guidance scale; 1 = none.
+        seed: of the noise; that of a pair is a function of this and of the pair's number alone.
+        states: timesteps at which what the network is given is kept too, falling.
+        size: pixel size of the images; None: the teacher's own.
+        precision: fp32, bf16 or fp16, by autocast; the sampler's arithmetic stays in fp32.
+        batch_size: pairs made at a time.
+        shard_size: pairs per file; an interruption loses less than one file.
+    """
+
+    count: int | None = None
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 3.0
+    seed: int = 0
+    states: tuple[int, ...] = ()
+    size: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_size: int = 64
+    shard_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("count", "steps", "size", "batch_size", "shard_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if list(self.states) != sorted(set(self.states), reverse=True):
+            raise UserError(f"states must be falling timesteps, got {list(self.states)}")
+
+
+def make_pairs(
+    family: ModelFamily,
+    prompts: PromptSet,
+    folder: str | Path,
+    settings: PairSettings,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> PairSet:
+    """Makes what is not there yet, and opens the pairs.
+
+    Args:
+        family: the teacher.
+        prompts: pair i is of prompt i modulo their number.
+        folder: where the shards go.
+        settings: which pairs, and how.
+        fresh: replace pairs that were made otherwise, instead of refusing.
+        progress: gets the numbers of pairs done and to do.
+
+    Raises:
+        UserError: the folder holds something else (the text says what differs), the disk is full, or the settings do
+            not fit the teacher; finished shards stay.
+    """
+    maker = _Maker(family, prompts, Path(folder), settings)
+    maker.claim(fresh)
+    try:
+        maker.make(progress or (lambda done, total: None))
+    except OSError as error:
+        raise UserError(f"{folder}: pairs cannot be written ({error.strerror or error}); make room and run the same "
+                        "command again, what is finished is kept") from error  # fmt: skip
+    return load_pairs(folder)
+
+
+class _Maker:
+    def __init__(self, family: ModelFamily, prompts: PromptSet, folder: Path, settings: PairSettings) -> None:
+        self._family, self._prompts, self._folder, self._settings = family, prompts, folder, settings
+        self._count = settings.count or len(prompts)
+        self._shard_size = settings.shard_size
+        self._shape = family.latent_shape(settings.size)
+        self._sampler = StockSampler(
+            family.denoiser(), family.pipeline.scheduler.config, name=settings.sampler, steps=settings.steps,
+            guidance=settings.guidance, keep=settings.states,
+        )  # fmt: skip
+        facts = {
+            **teacher_facts(family, settings.size),
+            "prompts": prompts.fingerprint,
+            "steps": settings.steps,
+            "guidance": float(settings.guidance),
+            "seed": settings.seed,
+            "states": list(settings.states),
+            "precision": settings.precision,
+            **{f"sampler.{name}": value for name, value in self._sampler.facts.items()},
+        }
+        self._facts: dict[str, Any] = json.loads(json.dumps(facts))  # as they will be read again
+        self._fingerprint = fingerprint_of(self._facts)
+
+    def claim(self, fresh: bool) -> None:
+        """Finds that the folder is ours or makes it so."""
+        index = read_index(self._folder)
+        if index is None:
+            files = self._folder.iterdir() if self._folder.is_dir() else []
+            if any(not file.name.startswith(".") for file in files):  # a dot begins what a killed process was writing
+                raise UserError(f"{self._folder} is not empty and holds no pairs; give another folder")
+        elif fresh:
+            for file in [*self._folder.glob("shard-*.safetensors"), self._folder / INDEX]:
+                file.unlink()
+        else:
+            changed = differences(index["facts"], self._facts)
+            if changed:
+                raise UserError(f"{self._folder} holds pairs that were made otherwise ({changed}); give another "
+                                "folder, or --fresh to replace them")  # fmt: skip
+            self._shard_size = index["shard_size"]
+
+    def make(self, progress: Progress) -> None:
+        """Writes every shard that is not there and whole."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        index = {
+            "fingerprint": self._fingerprint, "count": self._count, "shard_size": self._shard_size,
+            "teacher": self._family.path, "prompts": self._prompts.source, "facts": self._facts,
+        }  # fmt: skip
+        self._put(self._folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        for number, rows in shard_ranges(self._count, self._shard_size):
+            path = shard_path(self._folder, number)
+            if shard_header(path, self._fingerprint, len(rows)) is None:
+                self._put(path, self._shard(rows, progress))
+            progress(rows.stop, self._count)
+
+    def _shard(self, rows: range, progress: Progress) -> bytes:
+        parts: list[tuple[Tensor, Trajectory]] = []
+        # Batches begin with the shard, so that a shard's bits do not depend on where an earlier run was stopped.
+        for first in range(rows.start, rows.stop, self._settings.batch_size):
+            batch = range(first, min(first + self._settings.batch_size, rows.stop))
+            noise = torch.stack([pair_noise(self._settings.seed, number, self._shape) for number in batch])
+            parts.append((noise, self._run(noise, self._texts(batch))))
+            progress(batch.stop, self._count)
+        tensors = {
+            "noise": torch.cat([noise for noise, _ in parts]),
+            "sample": torch.cat([made.sample for _, made in parts]).float().cpu(),
+            "prompt_index": torch.tensor([number % len(self._prompts) for number in rows]),
+        }
+        states = [made.states for _, made in parts if made.states is not None]
+        if states:
+            tensors["states"] = torch.cat(states).float().cpu()
+            tensors["state_timesteps"] = torch.tensor(self._settings.states)
+        # One entry only: safetensors writes several in an order of its own, and equal shards should be equal files.
+        header = json.dumps({"fingerprint": self._fingerprint, "prompts": self._texts(rows)})
+        content: bytes = save(tensors, metadata={"pairs": header})
+        return content
+
+    def _run(self, noise: Tensor, texts: Sequence[str]) -> Trajectory:
+        device, precision = self._family.device, self._settings.precision
+        with torch.no_grad():
+            condition = self._family.encode_prompts(texts).to(device)
+            null = self._family.null_condition(len(texts)).to(device)
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            return self._sampler(noise.to(device), condition, null)
+
+    def _texts(self, numbers: range) -> list[str]:
+        return self._prompts.batch([number % len(self._prompts) for number in numbers])
+
+    def _put(self, path: Path, content: bytes) -> None:
+        """Writes a file aside, forces it to disk and renames it: it is whole or absent."""
+        new = path.with_name(f".{path.name}.new")
+        try:
+            with new.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def pair_noise(seed: int, number: int, shape: tuple[int, int, int]) -> Tensor:
+    """The noise of one pair, (C, H, W): a function of these numbers alone, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "pair", number)))

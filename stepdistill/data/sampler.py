@@ -1,0 +1,128 @@
+"""The teacher's own sampler: a stock Diffusers scheduler, run over a denoiser.
+
+Letters: B batch, C channels, H height, W width, K kept states.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepdistill.condition import Condition
+from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
+
+
+# name => stock scheduler; only deterministic ones, since a pair is a function of its noise
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+FLOW_SAMPLERS = {"euler": "FlowMatchEulerDiscreteScheduler"}
+# Trailing spacing begins at the last training timestep, the only one at which pure noise is what the network expects;
+# DMD2's code makes its pairs so. Clipping is meant for pixels and would cut latents.
+CHOICES = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
+
+
+class Trajectory(NamedTuple):
+    """What a sampler made of a batch of noise.
+
+    Attributes:
+        sample: the finished latents, (B, C, H, W).
+        states: what the network was given at the timesteps that were asked for, (B, K, C, H, W); None for K = 0.
+    """
+
+    sample: Tensor
+    states: Tensor | None
+
+
+class StockSampler:
+    """Noise => the teacher's sample, with the numbers of the stock pipeline of the same scheduler.
+
+    Args:
+        denoiser: the teacher.
+        config: of the teacher's own scheduler, which names the noise levels.
+        name: of the scheduler, a key of `SAMPLERS` (for flow matching, of `FLOW_SAMPLERS`).
+        steps: how many.
+        guidance: standard scale, 1 = none.
+        keep: timesteps whose states are returned, falling.
+
+    Raises:
+        UserError: the scheduler is unknown, or does not visit a timestep to keep.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        config: Mapping[str, Any],
+        *,
+        name: str = "ddim",
+        steps: int = 50,
+        guidance: float = 1.0,
+        keep: Sequence[int] = (),
+    ) -> None:
+        self._denoiser, self._steps, self._guidance = denoiser, steps, guidance
+        self._flow = denoiser.kind == "flow"
+        self._scheduler = _scheduler(name, config, FLOW_SAMPLERS if self._flow else SAMPLERS)
+        self._scheduler.set_timesteps(steps)
+        self._keep = [_visited(timestep, self.timesteps) for timestep in keep]
+
+    @property
+    def timesteps(self) -> list[float]:
+        """Where the network is called, falling."""
+        return [float(t) for t in self._scheduler.timesteps]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The scheduler's class and configuration."""
+        config = {key: value for key, value in self._scheduler.config.items() if not key.startswith("_")}
+        return {"class": type(self._scheduler).__name__, **config}
+
+    @torch.no_grad()
+    def __call__(self, noise: Tensor, condition: Condition, null: Condition) -> Trajectory:
+        """Runs all steps.
+
+        Args:
+            noise: unit-variance noise, (B, C, H, W).
+            condition: B rows.
+            null: B rows.
+        """
+        scheduler, schedule = self._scheduler, self._denoiser.schedule
+        scheduler.set_timesteps(self._steps, device=noise.device)  # multi-step schedulers forget the batch before
+        # Flow-matching schedulers have neither an initial scale nor an input scale.
+        x = noise if self._flow else noise * scheduler.init_noise_sigma
+        states = []
+        for timestep in scheduler.timesteps:
+            seen = x if self._flow else scheduler.scale_model_input(x, timestep)
+            if float(timestep) in self._keep:
+                states.append(seen)
+            t = schedule.t_from_model_time(timestep.double()).expand(len(x))
+            native = self._denoiser.guided(seen, t, condition, null, self._guidance).native
+            x = scheduler.step(native, timestep, x, return_dict=False)[0]
+        return Trajectory(x, torch.stack(states, dim=1) if states else None)
+
+
+def _scheduler(name: str, config: Mapping[str, Any], table: Mapping[str, str]) -> Any:
+    import diffusers
+
+    if name not in table:
+        raise UserError(f"sampler: {name!r} does not fit this teacher; choose from {', '.join(table)}")
+    kind = getattr(diffusers, table[name])
+    accepted = inspect.signature(kind.__init__).parameters
+    return kind.from_config(config, **{key: value for key, value in CHOICES.items() if key in accepted})
+
+
+def _visited(timestep: int, timesteps: Sequence[float]) -> float:
+    if timestep not in timesteps:
+        near = sorted(sorted(timesteps, key=lambda t: abs(t - timestep))[:2], reverse=True)
+        raise UserError(
+            f"states: the sampler does not visit timestep {timestep}; the nearest of its {len(timesteps)} steps are "
+            + " and ".join(f"{t:g}" for t in near)
+        )
+    return float(timestep)

@@ -1,0 +1,98 @@
+"""Pictures of an exported model for people to look at: one file each, by plain Diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stepdistill.attention import NAG, NASA, Rule, steer
+from stepdistill.bench import generate
+from stepdistill.errors import UserError
+
+
+if TYPE_CHECKING:
+    from stepdistill.bench.generate import ModelUnderTest
+
+
+@dataclass(frozen=True)
+class Avoid:
+    """What pictures are to keep away from, and how.
+
+    Attributes:
+        prompt: the negative prompt.
+        rule: NASA or NAG, at one network call; None: the pipeline's own way, which needs guidance and a second call.
+    """
+
+    prompt: str
+    rule: Rule | None = None
+
+    @classmethod
+    def of(cls, prompt: str | None, nasa: float | None, nag: float | None) -> Avoid | None:
+        """What the options of the command line mean; None if nothing is to be avoided.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        if nasa is not None and nag is not None:
+            raise UserError("--nasa and --nag are two ways to do the same; give one of them")
+        rules: list[Rule] = [NASA(nasa)] if nasa is not None else [NAG(nag)] if nag is not None else []
+        if prompt is None:
+            if rules:
+                raise UserError("--nasa and --nag say how strongly to avoid something; add --negative-prompt TEXT")
+            return None
+        return cls(prompt, *rules)
+
+
+def draw(
+    model: ModelUnderTest, prompts: Sequence[str], output: Path, *, avoid: Avoid | None = None, seed: int = 0,
+    count: int = 1, device: str = "cpu",
+) -> Iterator[Path]:  # fmt: skip
+    """Writes `count` images of every prompt, each from noise that depends on (seed, prompt, number) alone.
+
+    Args:
+        model: how it is called.
+        prompts: texts.
+        output: folder, made if it is missing.
+        avoid: a negative prompt for all images.
+        seed: of the noise.
+        count: images of each prompt.
+        device: torch device.
+
+    Yields:
+        The files, as they are written.
+
+    Raises:
+        UserError: the model cannot be loaded or steered, or a negative prompt would have no effect.
+    """
+    if avoid is not None and avoid.rule is None and model.guidance_scale <= 1:
+        raise UserError(f"a negative prompt does nothing at guidance scale {model.guidance_scale:g}; say how strongly "
+                        "it is to act, with --nasa 0.3 or --nag 2")  # fmt: skip
+    pipeline: Any = generate.load_pipeline(model, device=device)
+    output.mkdir(parents=True, exist_ok=True)
+    steering: AbstractContextManager[object] = nullcontext()
+    options: dict[str, Any] = {}
+    if avoid is not None and avoid.rule is not None:
+        steering = steer(pipeline, avoid.prompt, avoid.rule)
+    elif avoid is not None:
+        options["negative_prompt"] = [avoid.prompt] * count
+    for number, prompt in enumerate(prompts):
+        generators = [torch.Generator().manual_seed(generate.image_seed(seed, number, k)) for k in range(count)]
+        with steering:
+            images = pipeline(
+                [prompt] * count, num_inference_steps=model.steps, guidance_scale=model.guidance_scale,
+                generator=generators, **options,
+            ).images  # fmt: skip
+        for k, image in enumerate(images):
+            file = output / f"{number:03d}-{_slug(prompt)}-{seed}-{k}.png"
+            image.save(file)
+            yield file
+
+
+def _slug(prompt: str) -> str:
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in prompt.lower()).split()
+    return "-".join(words)[:60].rstrip("-") or "prompt"

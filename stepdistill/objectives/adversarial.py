@@ -1,0 +1,101 @@
+"""The adversarial game on noised samples that several objectives play beside matching: diffusion-GAN.
+
+Wang et al. 2022 (arXiv 2206.02262); DMD2 (arXiv 2405.14867) section 4.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser import Denoiser
+from stepdistill.discriminator import Game, discriminator_loss, generator_loss
+from stepdistill.losses import value_with_gradient
+from stepdistill.objectives.base import Batch
+from stepdistill.prediction import add_noise
+from stepdistill.times import uniform_times
+
+
+if TYPE_CHECKING:
+    from stepdistill.cast import Cast
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """Student against discriminator, both looking at noised samples through a denoiser's features.
+
+    Attributes:
+        game: the loss.
+        features: the role whose features the head "discriminator" sees.
+        r1_weight: of the approximate R1 term, relative to the classification term.
+        r1_std: standard deviation of its perturbation of the clean samples.
+        shared_noise: whether real and generated samples are seen at the same times and through the same noise.
+    """
+
+    game: Game = "non_saturating"
+    features: str = "critic"
+    r1_weight: float = 0.0
+    r1_std: float = 0.1
+    shared_noise: bool = False
+
+    @property
+    def student_needs_images(self) -> bool:
+        """Whether the student's own turn compares with real samples."""
+        return self.game == "relativistic"
+
+    def discriminator_terms(self, cast: Cast, x0: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Loss terms of the discriminator's turn, unweighted.
+
+        Args:
+            cast: with the head "discriminator".
+            x0: the student's samples for the batch's prompts, (B, C, H, W); detached here.
+            batch: of the images stream.
+        """
+        assert batch.latents is not None, "the images stream carries latents"
+        denoiser = cast.denoiser(self.features)
+        real, fake = batch.latents, x0.detach()
+        # DMD2's code draws time and noise for real and generated samples on their own, SiD's shares them.
+        real_logits, at = self._logits(cast, denoiser, real, batch)
+        fake_logits, _ = self._logits(cast, denoiser, fake, batch, at if self.shared_noise else None)
+        terms = {"discriminator": discriminator_loss(real_logits, fake_logits, self.game)}
+        if self.r1_weight > 0:
+            # Approximate R1: the logit must not change under a small change of the real sample, seen at the same time
+            # and through the same noise; |D(x + s n) - D(x)|^2 is about s^2 |grad D|^2.
+            near = real + self.r1_std * torch.randn_like(real)
+            moved, _ = self._logits(cast, denoiser, near, batch, at)
+            terms["r1"] = self.r1_weight * (moved - real_logits).square().mean()
+        return terms
+
+    def student_term(self, cast: Cast, x0: Tensor, batch: Batch) -> Tensor:
+        """The adversarial loss of the student's samples; its graph reaches x0 without holding the denoiser's.
+
+        The gradient with respect to the samples is taken at once, so that the features' graph is freed before the
+        student's backward pass.
+        """
+        denoiser = cast.denoiser(self.features)
+        with torch.enable_grad():
+            sample = x0.detach().requires_grad_(True)
+            fake, at = self._logits(cast, denoiser, sample, batch)
+            real = None
+            if self.student_needs_images:
+                assert batch.latents is not None, "the images stream carries latents"
+                with torch.no_grad():
+                    seen = at if self.shared_noise else None
+                    real, _ = self._logits(cast, denoiser, batch.latents, batch, seen)
+            loss = generator_loss(fake, self.game, real)
+            (gradient,) = torch.autograd.grad(loss, sample)
+        return value_with_gradient(x0, loss.detach(), gradient)
+
+    def _logits(
+        self, cast: Cast, denoiser: Denoiser, x0: Tensor, batch: Batch, at: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Clean samples => logits (B, L) at a random time, and that time with its noise."""
+        if at is None:
+            t = uniform_times(denoiser.schedule, len(x0), low=0.0, high=1.0, device=x0.device)
+            at = t, torch.randn_like(x0)
+        t, eps = at
+        head = cast.head("discriminator")
+        return head(denoiser, add_noise(denoiser.schedule, x0, t, eps), t, batch.condition), at

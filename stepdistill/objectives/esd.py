@@ -1,0 +1,85 @@
+"""Entropic score distillation: VSD that also maximises the entropy of what the student makes.
+
+Wang et al. 2024, "Taming Mode Collapse in Score Distillation for Text-to-3D Generation", arXiv 2401.00909.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from stepdistill.errors import UserError
+from stepdistill.losses import pseudo_loss, vsd_direction
+from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.matching import Guidance, draw_guidance, renoise, rollout
+from stepdistill.objectives.vsd import VSD
+
+
+if TYPE_CHECKING:
+    from stepdistill.cast import Cast
+
+
+@dataclass(frozen=True)
+class ESD:
+    """VSD against a mixture of the critic's scores: with the prompt, and of all samples whatever their prompt.
+
+    The paper's condition is the camera of a rendering; here it is the prompt, which is what tells samples apart.
+
+    Attributes:
+        timesteps: where the student is called.
+        guidance: guidance scale of the teacher, or a range from which every iteration draws one.
+        entropy: lambda, the share of the unconditional score, 0 to 1: 0 is VSD with an unguided critic, 1 knows the
+            unconditional score alone (the code's setting for threestudio: 0.5).
+        critic_updates: critic steps per student step.
+        condition_dropout: probability that a whole batch trains the critic's unconditional branch (not published).
+        t_min: lowest time of the student's loss, as a fraction.
+        t_max: highest time of the student's loss.
+    """
+
+    timesteps: tuple[int, ...] = (999,)
+    guidance: Guidance = 4.5
+    entropy: float = 0.5
+    critic_updates: int = 1
+    condition_dropout: float = 0.2
+    t_min: float = 0.02
+    t_max: float = 0.98
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.entropy <= 1:
+            raise UserError(f"entropy is a share of the critic's unconditional score, from 0 to 1, not {self.entropy}")
+
+    @property
+    def base(self) -> VSD:
+        """The game whose critic is trained the same way."""
+        return VSD(
+            timesteps=self.timesteps, critic_updates=self.critic_updates, condition_dropout=self.condition_dropout
+        )
+
+    def roles(self) -> Mapping[str, Role]:
+        return {"teacher": Frozen(), "critic": Trained(), "student": Trained()}
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return (
+            Phase("student", ("student",), self.student_loss),
+            Phase("critic", ("critic",), self.base.critic_loss, repeats=self.critic_updates),
+        )
+
+    def after_step(self, cast: Cast, step: int) -> None:
+        return None
+
+    def inference(self) -> InferenceSpec:
+        return InferenceSpec(self.timesteps)
+
+    def student_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
+        """The entropic gradient: guidance of scale 1 - lambda *on the critic* mixes its two scores as wanted."""
+        x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step)
+        teacher, critic = cast.denoiser("teacher"), cast.denoiser("critic")
+        x_t, t = renoise(teacher, x0, self.t_min, self.t_max)
+        with torch.no_grad():
+            real = teacher.guided(x_t, t, batch.condition, batch.null, draw_guidance(self.guidance, step))
+            fake = critic.guided(x_t, t, batch.condition, batch.null, 1 - self.entropy)
+        direction = vsd_direction(real.eps, fake.eps, real.levels)
+        return Loss({"matching": pseudo_loss(x0, direction)}, {"direction": direction.square().mean().sqrt()})

@@ -1,0 +1,51 @@
+"""Training with negative prompts: NASA-T, Nguyen et al. 2024 (SNOOPI), arXiv 2412.02687, sections 4.2 and 5."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from stepdistill.attention import NASA, steered
+from stepdistill.condition import Condition
+from stepdistill.data.prompts import load_prompts
+from stepdistill.denoiser import Denoiser
+from stepdistill.objectives.base import Batch, Step
+from stepdistill.objectives.matching import Guidance
+
+
+if TYPE_CHECKING:
+    from stepdistill.cast import Cast
+
+Pool = str | tuple[str, ...]  # a file that `load_prompts` reads, or the texts themselves
+
+
+class Steered(NamedTuple):
+    """The student as it is called in one turn, and what the teacher's guidance points away from in the same turn."""
+
+    student: Denoiser
+    null: Condition
+
+
+def steered_student(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Guidance) -> Steered:
+    """A negative prompt for each row, and one strength for all of them; without a pool, everything as it is.
+
+    Args:
+        cast: with the role "student", and encoding texts.
+        batch: as many negatives are drawn as it has rows.
+        step: all processes draw the same.
+        pool: where negatives come from.
+        alpha: NASA's strength, or a range to draw it from (NASA-T: U(0, 1)).
+    """
+    if not pool:
+        return Steered(cast.denoiser("student"), batch.null)
+    drawn = step.shared("negatives")
+    texts = read_pool(pool) if isinstance(pool, str) else pool
+    negative = cast.encode([drawn.choice(texts) for _ in range(len(batch))])
+    strength = drawn.uniform(*alpha) if isinstance(alpha, tuple) else alpha
+    return Steered(steered(cast.denoiser("student"), NASA(strength), negative), negative)
+
+
+@lru_cache(maxsize=1)
+def read_pool(file: str) -> tuple[str, ...]:
+    """The texts of a pool's file, read once."""
+    return load_prompts(file).prompts
