@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from stepdistill.bench.benchmark import Provenance, run_benchmark
 from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.bench.prompts import ShapesProtocol
 from stepdistill.recipe import Recipe, build_objective
+from stepdistill.run_folder import RunFolder
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,7 @@ CELLS = (
     "vsd_1step", "swiftbrush_v2_1step", "esd_1step", "dmd_1step", "dmd2_1step", "dmd2_gan_1step", "dmd2_2step",
     "dmd2_4step", "f_distill_1step", "sid_1step", "sid_4step", "disback_1step",
 )  # fmt: skip
+TEACHER, TEACHER_ROW = "teacher", "teacher, 25 guided steps"  # the cell to compare with, and what its row is called
 QUIET = ("previews=null", "bench=null", "checkpoints.keep=1")
 GRADIENT_COST = 3  # a pass that is differentiated counts as itself and two more
 
@@ -97,9 +99,15 @@ def scaled(recipe: Recipe, per_iteration: Sequence[int], budget: int) -> Recipe:
     return recipe.model_copy(update={"stages": stages})
 
 
+def folder_of(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """Where a cell keeps its run, its report and its row."""
+    work: Path = args.work
+    return work / (TEACHER if name == TEACHER else f"{name}-seed{seed}")
+
+
 def run_cell(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains one cell, measures its exported pipeline, and returns its row."""
-    folder = args.work / f"{name}-seed{seed}"
+    folder = folder_of(name, seed, args)
     overrides = [
         *QUIET,
         f"output={folder / 'run'}",
@@ -118,8 +126,7 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     assert result.pipeline is not None, "every cell's recipe exports its pipeline"
     spec = build_objective(recipe.stages[-1].objective, recipe.source).inference()
     assert spec is not None, "every cell makes a few-step student"
-    log = (result.folder / "metrics.jsonl").read_text().splitlines()
-    seconds = sum(json.loads(line)["seconds"] for line in log)
+    seconds = RunFolder(result.folder).train_seconds()
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_memory()
     model = ModelUnderTest(name, str(result.pipeline), spec.num_steps, spec.guidance_scale, train_seconds=seconds)
     row = measured(model, args, folder / "report", recipe.sha256)
@@ -136,24 +143,23 @@ def peak_memory() -> int:
 
 def measured(model: ModelUnderTest, args: argparse.Namespace, folder: Path, sha256: str | None) -> dict[str, Any]:
     """One row of the benchmark."""
-    device = "cuda" if args.device == "cuda" else "cpu"
     protocol = ShapesProtocol(args.prompts, 8)
-    found = run_benchmark([model], protocol=protocol, output=folder, device=device,
+    found = run_benchmark([model], protocol=protocol, output=folder, device=args.device,
                           provenance=Provenance(model.name, sha256))  # fmt: skip
     return asdict(found.rows[0])
 
 
 def run_teacher(args: argparse.Namespace) -> dict[str, Any]:
     """The row to compare with."""
-    model = ModelUnderTest("teacher", args.teacher, 25, args.guidance)
-    row = measured(replace(model, name="teacher, 25 guided steps"), args, args.work / "teacher", None)
+    model = ModelUnderTest(TEACHER_ROW, args.teacher, 25, args.guidance)
+    row = measured(model, args, folder_of(TEACHER, 0, args) / "report", None)
     return {**row, "seed": 0}
 
 
 def collect(args: argparse.Namespace) -> None:
     """Writes what is measured so far."""
     rows = [json.loads(path.read_text()) for path in sorted(args.work.glob("*/row.json"))]
-    rows.sort(key=lambda row: (row["model"] != "teacher, 25 guided steps", row["nfe"], row["fid"]))
+    rows.sort(key=lambda row: (row["model"] != TEACHER_ROW, row["nfe"], row["fid"]))
     result = {
         "name": "objectives", "date": report.today(), "device": report.device_name(args.device),
         "versions": report.installed_versions(), "seeds": {"runs": sorted({row["seed"] for row in rows})},
@@ -192,15 +198,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parsed(arguments)
     if args.one:
         name, seed = args.one.rsplit(":", 1)
-        row = run_teacher(args) if name == "teacher" else run_cell(name, int(seed), args)
-        folder = args.work / ("teacher" if name == "teacher" else f"{name}-seed{seed}")
-        (folder / "row.json").write_text(json.dumps(row))
+        row = run_teacher(args) if name == TEACHER else run_cell(name, int(seed), args)
+        (folder_of(name, int(seed), args) / "row.json").write_text(json.dumps(row))
         return 0
     failed = []
     given = list(arguments if arguments is not None else sys.argv[1:])
-    cells = [("teacher", 0)] + [(name, int(seed)) for seed in args.seeds.split(",") for name in args.cells.split(",")]
+    cells = [(TEACHER, 0)] + [(name, int(seed)) for seed in args.seeds.split(",") for name in args.cells.split(",")]
     for name, seed in cells:
-        folder = args.work / ("teacher" if name == "teacher" else f"{name}-seed{seed}")
+        folder = folder_of(name, seed, args)
         if not (folder / "row.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             if not run_in_own_process(name, seed, given):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,23 +24,22 @@ class ImageTextModel:
     Args:
         path: local folder of a `CLIPModel` with its tokenizer and preprocessor_config.json.
         device: where it computes.
+        what: what messages call it.
 
     Raises:
         UserError: the folder cannot be loaded as such.
     """
 
-    def __init__(self, path: str, device: torch.device) -> None:
+    def __init__(self, path: str | Path, device: torch.device | str, what: str = "CLIP model") -> None:
         if not Path(path).is_dir():
-            raise UserError(
-                f"CLIP model {path}: no such folder; give the folder of a CLIPModel, as assets/shapes/clip"
-            )
+            raise UserError(f"{what} {path}: no such folder; give the folder of a CLIPModel, as assets/shapes/clip")
         try:
             model = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True, local_files_only=True)
             self._tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
             processor = CLIPImageProcessor.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"CLIP model {path}: cannot be loaded as a CLIPModel folder ({reason})") from error
+            raise UserError(f"{what} {path}: cannot be loaded as a CLIPModel folder ({reason})") from error
         self._model = model.eval().requires_grad_(False).to(device)
         self._device = device
         self._size = int(model.config.vision_config.image_size)
@@ -48,12 +48,11 @@ class ImageTextModel:
             torch.tensor(value, device=device).view(3, 1, 1) for value in (processor.image_mean, processor.image_std)
         )
 
-    def cosines(self, images: Tensor, prompts: Sequence[str], *, normalize: bool = True) -> Tensor:
-        """Cosine of each image's features with those of its own prompt, (B,).
+    def image_features(self, images: Tensor, *, normalize: bool = True) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] => projected features (B, D), not normalised; gradients reach the images.
 
         Args:
-            images: (B, 3, H, W) in [0, 1]; other sizes than the model's own are resized, bicubic and antialiased.
-            prompts: B texts; long ones are cut.
+            images: other sizes than the model's own are resized, bicubic and antialiased.
             normalize: shift and scale the pixels as the model was trained with.
         """
         images = images.to(self._device, torch.float32)
@@ -62,18 +61,25 @@ class ImageTextModel:
             images = images.clamp(0, 1)
         if normalize:
             images = (images - self._mean) / self._std
-        seen = self._model.get_image_features(pixel_values=images).pooler_output
-        return torch.cosine_similarity(seen, self._text_features(prompts), dim=-1)
+        return _tensor(self._model.get_image_features(pixel_values=images))
 
     @torch.no_grad()
-    def _text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts => projected features, (B, D)."""
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts => projected features (B, D), not normalised; long prompts are cut."""
         tokens = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
         ).to(self._device)
-        output = self._model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        features: Tensor = output.pooler_output
-        return features
+        return _tensor(self._model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask))
+
+    def cosines(self, images: Tensor, prompts: Sequence[str], *, normalize: bool = True) -> Tensor:
+        """Cosine of the features of each image, (B, 3, H, W), with those of its own prompt: (B,)."""
+        seen = self.image_features(images, normalize=normalize)
+        return torch.cosine_similarity(seen, self.text_features(prompts), dim=-1)
+
+
+def _tensor(output: Any) -> Tensor:
+    """transformers 5 returns the projected features as an output object's pooler_output, older ones as a tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 @cache

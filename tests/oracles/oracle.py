@@ -101,6 +101,11 @@ def batch_of(z: Tensor, label: float = 0.0, null: float = 0.0) -> GivenNoise:
     return batch
 
 
+def constant(value: float) -> Callable[[Condition], Tensor]:
+    """A mean that is the same for all conditions."""
+    return lambda condition: torch.full((len(condition),), value, dtype=torch.float64)
+
+
 def label(condition: Condition) -> Tensor:
     return condition.tensors["label"]
 

@@ -12,7 +12,7 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser
 from stepdistill.objectives.base import Batch, Step
 from stepdistill.objectives.sid import SiD
-from tests.oracles.oracle import AT_08, Linear, Roles, batch_of, gaussian, label, linear_student
+from tests.oracles.oracle import AT_08, Linear, Roles, batch_of, constant, gaussian, label, linear_student
 
 
 CPU = torch.device("cpu")
@@ -26,10 +26,6 @@ def sid(**options: Any) -> SiD:
     plain: dict[str, Any] = {"timesteps": (2,), "sampler": "stochastic", "guidance": 1.0, "weighting": "constant",
                              "t_min": AT_08[0], "t_max": AT_08[1]}  # fmt: skip
     return SiD(**{**plain, **options})
-
-
-def constant(value: float) -> Callable[[Condition], Tensor]:
-    return lambda condition: torch.full((len(condition),), value, dtype=torch.float64)
 
 
 def cast_of(network: Linear, fake: tuple[float, float] | None = None) -> Roles:

@@ -21,6 +21,7 @@ from tests.oracles.oracle import (
     Linear,
     Roles,
     batch_of,
+    constant,
     four_signs,
     gaussian,
     label,
@@ -32,10 +33,6 @@ M, S, A, B = 0.7, 0.5, 1.3, -0.4
 SD = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
       "beta_schedule": "scaled_linear"}  # fmt: skip
 LAST = 2  # the last timestep of the oracles' schedule
-
-
-def constant(value: float):
-    return lambda condition: torch.full((len(condition),), value, dtype=torch.float64)
 
 
 def with_pairs(z: Tensor, noise: Tensor, target: Tensor, **labels: float) -> GivenNoise:

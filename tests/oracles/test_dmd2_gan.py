@@ -31,6 +31,7 @@ from tests.oracles.oracle import (
     Linear,
     Roles,
     batch_of,
+    constant,
     four_signs,
     gaussian,
     label,
@@ -45,10 +46,6 @@ M, S, A, B = 0.7, 0.5, 1.3, -0.4
 FOUR, TWO = (999, 749, 499, 249), (999, 499)
 GAN = {"guidance": 2.0, "critic_updates": 2, "gan_weight": 0.1}
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def constant(value: float) -> Any:
-    return lambda condition: torch.full((len(condition),), value, dtype=torch.float64)
 
 
 # ---- the adversarial gradient with the best discriminator ----------------------------------------------------------

@@ -23,7 +23,7 @@ from stepdistill.objectives.f_distill import FDistill
 from stepdistill.ratios import RatioDiscriminator
 from stepdistill.schedule import NoiseSchedule, from_scheduler_config
 from stepdistill.trainer import Trainer
-from tests.oracles.oracle import AT_08, SCHEDULE, Linear, Roles, batch_of, gaussian, linear_student, mixture
+from tests.oracles.oracle import AT_08, SCHEDULE, Linear, Roles, batch_of, constant, gaussian, linear_student, mixture
 from tests.tiny import LORA, PROMPTS, trainer_of, weights_of
 
 
@@ -31,10 +31,6 @@ M, S, A, B = 0.7, 0.5, 1.3, -0.4  # the teacher's and the student's mean and sta
 SD, _ = from_scheduler_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
 PLAIN = {"guidance": 1.0, "normalize_ratio": False, "normalize_weight": False}
 WIDE = {"logit_limit": 1e3, "ratio_range": (1e-30, 1e30)}
-
-
-def constant(value: float):
-    return lambda condition: torch.full((len(condition),), value, dtype=torch.float64)
 
 
 def log_normal(x_t: Tensor, t: Tensor, mean: float, std: float, schedule: NoiseSchedule = SCHEDULE) -> Tensor:

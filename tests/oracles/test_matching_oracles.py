@@ -13,16 +13,23 @@ from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.objectives.matching import rollout
 from stepdistill.objectives.vsd import VSD
 from stepdistill.prediction import add_noise
-from tests.oracles.oracle import AT_08, SCHEDULE, Linear, Roles, batch_of, four_signs, gaussian, label, linear_student
+from tests.oracles.oracle import (
+    AT_08,
+    SCHEDULE,
+    Linear,
+    Roles,
+    batch_of,
+    constant,
+    four_signs,
+    gaussian,
+    label,
+    linear_student,
+)
 
 
 M, S, A, B = 0.7, 0.5, 1.3, -0.4
 ALPHA, SIGMA = 0.8, 0.6
 V_P, V_Q = ALPHA**2 * S**2 + SIGMA**2, ALPHA**2 * A**2 + SIGMA**2
-
-
-def constant(value: float):
-    return lambda condition: torch.full((len(condition),), value, dtype=torch.float64)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from tests.oracles.oracle import (
     Linear,
     Roles,
     batch_of,
+    constant,
     four_signs,
     gaussian,
     linear_student,
@@ -37,21 +38,12 @@ from tests.oracles.sid_games import (
     M,
     S,
     cast_of,
-    constant,
     fit,
     gradient,
     listening,
     plain_batch,
     sid,
 )
-
-
-@pytest.fixture
-def exact_noise(monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Four signs as every fresh noise, and those of z: means of quadratic functions over them are exact."""
-    z, eps = four_signs()
-    monkeypatch.setattr(torch, "randn_like", lambda x: eps.to(x.dtype))
-    return z
 
 
 def closed_form(
