@@ -1,13 +1,14 @@
-"""The leaderboard: every objective from one teacher, with the same number of network passes.
+"""The leaderboard: every objective with the same number of network passes.
 
     python benchmarks/objectives.py                          # every cell that is not measured yet, one after another
     python benchmarks/objectives.py --cells dmd2_1step,sid_1step --passes 400000
     python benchmarks/objectives.py --seeds 0,1,2 --passes 2000000 --device cuda
 
 A cell is a recipe of recipes/shapes and a seed; a later method joins by adding a recipe to CELLS. The passes of an
-iteration are counted by a hook while it runs twice, and the recipe's steps are scaled so that all cells spend the same
-number. A cell runs in a process of its own, resumes where it was stopped, and is skipped once it is measured. Results
-go to benchmarks/results/objectives.json; `render_tables.py` puts them into docs/leaderboard.md.
+iteration are counted by a hook while it runs, and the recipe's steps are scaled so that all cells spend the same
+number. A cell runs in a process of its own, resumes where it was stopped, and is skipped once it is measured. The
+recipes' teachers are measured too. Results go to benchmarks/results/objectives.json; `render_tables.py` puts them into
+docs/leaderboard.md.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from stepdistill import train
 from stepdistill.bench import report
@@ -38,11 +40,16 @@ from stepdistill.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = (
     "vsd_1step", "swiftbrush_v2_1step", "esd_1step", "dmd_1step", "dmd2_1step", "dmd2_gan_1step", "dmd2_2step",
-    "dmd2_4step", "f_distill_1step", "sid_1step", "sid_4step", "disback_1step",
+    "dmd2_4step", "f_distill_1step", "sid_1step", "sid_4step", "disback_1step", "consistency_1step", "lcm_lora_4step",
+    "lcm_4step", "pcm_4step", "tcd_4step", "hyper_lora", "scm_1step", "sprint_1step", "progressive_4step",
+    "lightning_4step", "ladd_1step", "add_1step",
 )  # fmt: skip
-TEACHER, TEACHER_ROW = "teacher", "teacher, 25 guided steps"  # the cell to compare with, and what its row is called
+STEPS = {"hyper_lora": (1, 2, 4, 8)}  # students for several numbers of steps, each of which gets a row
+TEACHER = "teacher:"  # in front of a teacher's path: a cell to compare with
+TEACHER_STEPS = 25
 QUIET = ("previews=null", "bench=null", "checkpoints.keep=1")
 GRADIENT_COST = 3  # a pass that is differentiated counts as itself and two more
+FORWARD_MODE_COST = 2  # one that carries a derivative along, as itself and one more
 
 
 @dataclass
@@ -58,7 +65,9 @@ class PassCounter:
             differentiated = torch.is_grad_enabled() and (
                 inputs[0].requires_grad or any(p.requires_grad for p in module.parameters())
             )
-            self.passes += len(inputs[0]) * (GRADIENT_COST if differentiated else 1)
+            along = forward_ad.unpack_dual(inputs[0]).tangent is not None
+            cost = FORWARD_MODE_COST if along else GRADIENT_COST if differentiated else 1
+            self.passes += len(inputs[0]) * cost
 
 
 @contextmanager
@@ -100,22 +109,21 @@ def scaled(recipe: Recipe, per_iteration: Sequence[int], budget: int) -> Recipe:
 
 
 def folder_of(name: str, seed: int, args: argparse.Namespace) -> Path:
-    """Where a cell keeps its run, its report and its row."""
+    """Where a cell keeps its run, its report and its rows."""
     work: Path = args.work
-    return work / (TEACHER if name == TEACHER else f"{name}-seed{seed}")
+    return work / (name.replace(":", "-").replace("/", "-") if name.startswith(TEACHER) else f"{name}-seed{seed}")
 
 
-def run_cell(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains one cell, measures its exported pipeline, and returns its row."""
+def recipe_of(name: str, overrides: Sequence[str], args: argparse.Namespace) -> Recipe:
+    """A cell's recipe, with its own teacher unless the command names another."""
+    teacher = [] if args.teacher is None else [f"teacher={args.teacher}"]
+    return Recipe.load(ROOT / "recipes/shapes" / f"{name}.yaml", [*QUIET, *teacher, *overrides, *args.override])
+
+
+def run_cell(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Trains one cell, measures its exported pipeline, and returns its rows."""
     folder = folder_of(name, seed, args)
-    overrides = [
-        *QUIET,
-        f"output={folder / 'run'}",
-        f"seed={seed}",
-        f"device={args.device}",
-        f"teacher={args.teacher}",
-    ]
-    recipe = Recipe.load(ROOT / "recipes/shapes" / f"{name}.yaml", [*overrides, *args.override])
+    recipe = recipe_of(name, [f"output={folder / 'run'}", f"seed={seed}", f"device={args.device}"], args)
     plan = folder / "passes.json"
     if not plan.is_file():
         counts = passes_per_iteration(recipe, folder / "count")
@@ -126,13 +134,17 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     assert result.pipeline is not None, "every cell's recipe exports its pipeline"
     spec = build_objective(recipe.stages[-1].objective, recipe.source).inference()
     assert spec is not None, "every cell makes a few-step student"
-    seconds = RunFolder(result.folder).train_seconds()
+    student = ModelUnderTest(
+        name, str(result.pipeline), spec.num_steps, spec.guidance_scale, eta=spec.eta,
+        train_seconds=RunFolder(result.folder).train_seconds(),
+    )  # fmt: skip
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_memory()
-    model = ModelUnderTest(name, str(result.pipeline), spec.num_steps, spec.guidance_scale, train_seconds=seconds)
-    row = measured(model, args, folder / "report", recipe.sha256)
+    models = [replace(student, name=f"{name}, {n} steps", steps=n) for n in STEPS.get(name, ())] or [student]
     spent = sum(stage.steps * n for stage, n in zip(recipe.stages, per_iteration, strict=True))
     iterations = sum(stage.steps for stage in recipe.stages)
-    return {**row, "seed": seed, "iterations": iterations, "passes": spent, "training_peak_gib": peak / 2**30}
+    facts = {"seed": seed, "teacher": recipe.teacher, "iterations": iterations, "passes": spent,
+             "training_peak_gib": peak / 2**30}  # fmt: skip
+    return [{**row, **facts} for row in measured(models, args, folder / "report", recipe.sha256)]
 
 
 def peak_memory() -> int:
@@ -141,30 +153,35 @@ def peak_memory() -> int:
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
 
 
-def measured(model: ModelUnderTest, args: argparse.Namespace, folder: Path, sha256: str | None) -> dict[str, Any]:
-    """One row of the benchmark."""
+def measured(
+    models: Sequence[ModelUnderTest], args: argparse.Namespace, folder: Path, sha256: str | None
+) -> list[dict[str, Any]]:
+    """Rows of the benchmark."""
     protocol = ShapesProtocol(args.prompts, 8)
-    found = run_benchmark([model], protocol=protocol, output=folder, device=args.device,
-                          provenance=Provenance(model.name, sha256))  # fmt: skip
-    return asdict(found.rows[0])
+    found = run_benchmark(models, protocol=protocol, output=folder, device=args.device,
+                          provenance=Provenance(models[0].name, sha256))  # fmt: skip
+    return [asdict(row) for row in found.rows]
 
 
-def run_teacher(args: argparse.Namespace) -> dict[str, Any]:
+def run_teacher(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The row to compare with."""
-    model = ModelUnderTest(TEACHER_ROW, args.teacher, 25, args.guidance)
-    row = measured(model, args, folder_of(TEACHER, 0, args) / "report", None)
-    return {**row, "seed": 0}
+    name = f"{Path(path).name}, {TEACHER_STEPS} guided steps"
+    model = ModelUnderTest(name, path, TEACHER_STEPS, args.guidance)
+    rows = measured([model], args, folder_of(TEACHER + path, 0, args) / "report", None)
+    return [{**row, "seed": 0, "teacher": path} for row in rows]
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Writes what is measured so far."""
-    rows = [json.loads(path.read_text()) for path in sorted(args.work.glob("*/row.json"))]
-    rows.sort(key=lambda row: (row["model"] != TEACHER_ROW, row["nfe"], row["fid"]))
+    """Writes what is measured so far: teachers first, then by network calls and FID."""
+    files = {path: json.loads(path.read_text()) for path in sorted(args.work.glob("*/rows.json"))}
+    rows = [row for found in files.values() for row in found]
+    teachers = sorted({row["teacher"] for row in rows})
+    rows.sort(key=lambda row: ("passes" in row, row["nfe"], row["fid"]))
     result = {
         "name": "objectives", "date": report.today(), "device": report.device_name(args.device),
         "versions": report.installed_versions(), "seeds": {"runs": sorted({row["seed"] for row in rows})},
-        "recipe_sha256": None, "protocol": {"passes": args.passes, "prompts": args.prompts, "teacher": args.teacher},
-        "rows": rows,
+        "recipe_sha256": None, "rows": rows,
+        "protocol": {"passes": args.passes, "prompts": args.prompts, "teacher": ", ".join(teachers)},
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
@@ -172,7 +189,7 @@ def collect(args: argparse.Namespace) -> None:
 
 def run_in_own_process(name: str, seed: int, arguments: Sequence[str]) -> bool:
     """So that peak memory is the cell's own, and one cell's failure is not the others'."""
-    command = [sys.executable, __file__, *arguments, "--one", f"{name}:{seed}"]
+    command = [sys.executable, __file__, *arguments, "--one", f"{name}@{seed}"]
     return subprocess.run(command, check=False).returncode == 0
 
 
@@ -183,8 +200,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--passes", type=int, default=200_000, help="network passes of one sample, for each cell")
     parser.add_argument("--prompts", type=int, default=256, help="of the benchmark, 8 images each")
-    parser.add_argument("--teacher", default="assets/shapes/teacher")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher's own row")
+    parser.add_argument("--teacher", help="for all cells; default: each recipe's own")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of the teachers' own rows")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/leaderboard")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/objectives.json")
@@ -193,20 +210,29 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def play(name: str, seed: int, args: argparse.Namespace) -> None:
+    """One cell, in this process."""
+    path = name.removeprefix(TEACHER)
+    rows = run_teacher(path, args) if name != path else run_cell(name, seed, args)
+    (folder_of(name, seed, args) / "rows.json").write_text(json.dumps(rows))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the number of cells that failed."""
     args = parsed(arguments)
     if args.one:
-        name, seed = args.one.rsplit(":", 1)
-        row = run_teacher(args) if name == TEACHER else run_cell(name, int(seed), args)
-        (folder_of(name, int(seed), args) / "row.json").write_text(json.dumps(row))
+        name, seed = args.one.rsplit("@", 1)
+        play(name, int(seed), args)
         return 0
     failed = []
     given = list(arguments if arguments is not None else sys.argv[1:])
-    cells = [(TEACHER, 0)] + [(name, int(seed)) for seed in args.seeds.split(",") for name in args.cells.split(",")]
+    names = args.cells.split(",")
+    teachers = dict.fromkeys(recipe_of(name, (), args).teacher for name in names)  # in order, each once
+    cells = [(TEACHER + path, 0) for path in teachers]
+    cells += [(name, int(seed)) for seed in args.seeds.split(",") for name in names]
     for name, seed in cells:
         folder = folder_of(name, seed, args)
-        if not (folder / "row.json").is_file():
+        if not (folder / "rows.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             if not run_in_own_process(name, seed, given):
                 failed.append(name)

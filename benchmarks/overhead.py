@@ -1,8 +1,8 @@
 """How much an iteration costs beyond the network passes that the algorithm needs, and its peak memory.
 
-    python benchmarks/overhead.py [--objectives vsd dmd2_gan sid] [--teacher assets/shapes/teacher] [--lora]
+    python benchmarks/overhead.py [--objectives vsd dmd2_gan sid lcm scm] [--teacher assets/shapes/teacher] [--lora]
 
-One iteration of each objective (the student's turn and the critic's) is timed through the trainer, and, alternating
+One iteration of each objective (all turns of it) is timed through the trainer, and, alternating
 with it in the same process, the bare passes of the same networks on as many samples. Only the ratio means something
 elsewhere. What an algorithm needs is the table `passes_of`; optimisers, noise, losses and data are the overhead.
 """
@@ -33,9 +33,12 @@ from stepdistill.data.latents import LatentBatch
 from stepdistill.data.prompts import PromptSet, load_prompts
 from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
-from stepdistill.objectives.base import Batch, Objective
+from stepdistill.objectives.base import Batch, Objective, Trained
 from stepdistill.objectives.dmd2 import DMD2
+from stepdistill.objectives.lcm import LCM
+from stepdistill.objectives.scm import SCM
 from stepdistill.objectives.sid import SiD
+from stepdistill.objectives.tscd import TSCD
 from stepdistill.objectives.vsd import VSD
 from stepdistill.player import Player, PlayerSettings
 from stepdistill.trainer import Trainer, TrainerSettings
@@ -51,7 +54,8 @@ class Pass:
     Attributes:
         role: whose weights.
         rows: calls per sample; guidance needs 2.
-        by: what a gradient is taken by: "weights", "input", or "" for a pass without a graph.
+        by: what a gradient is taken by: "weights", "input", "" for a pass without a graph, or "direction" for one in
+            forward mode, which carries a derivative along.
         features: whether the pass ends at the layers that the discriminator sees, and goes on in its head.
     """
 
@@ -66,6 +70,11 @@ SAMPLE, LEARN = Pass("student"), Pass("student", by="weights")
 
 def passes_of(name: str, critic_updates: int) -> tuple[Objective, list[Pass]]:
     """An objective and the network passes that one of its iterations needs by its paper's algorithm."""
+    return matching(name, critic_updates) if name in MATCHING else trajectory(name)
+
+
+def matching(name: str, critic_updates: int) -> tuple[Objective, list[Pass]]:
+    """Of the objectives with a critic."""
     denoise = Pass("critic", by="weights")
     if name == "vsd":  # SwiftBrush, algorithm 1, teacher and critic guided
         return VSD(guidance=3.0), [LEARN, Pass("teacher", 2), Pass("critic", 2), SAMPLE, denoise]
@@ -83,7 +92,19 @@ def passes_of(name: str, critic_updates: int) -> tuple[Objective, list[Pass]]:
     return objective, turn + critic_updates * critic_turn
 
 
-OBJECTIVES = ("vsd", "dmd2", "dmd2_gan", "sid")
+def trajectory(name: str) -> tuple[Objective, list[Pass]]:
+    """Of the objectives that follow the guided teacher's path."""
+    step = [Pass("teacher", 2), Pass("target"), LEARN]  # one step of the teacher, the target there, the student
+    if name == "lcm":  # LCM, algorithm 1
+        return LCM(guidance=3.0, embed_guidance=False), step
+    if name == "tscd":  # Hyper-SD, section 3.1, its distance alone
+        return TSCD(guidance=3.0), step
+    # sCM, algorithm 1: the derivative of the student along the teacher's velocity, then the student
+    return SCM(guidance=3.0), [Pass("teacher", 2), Pass("student", by="direction"), LEARN]
+
+
+MATCHING, TRAJECTORY = ("vsd", "dmd2", "dmd2_gan", "sid"), ("lcm", "tscd", "scm")
+OBJECTIVES = (*MATCHING, *TRAJECTORY)
 
 
 class Precomputed:
@@ -118,7 +139,8 @@ def trainer_of(objective: Objective, args: argparse.Namespace) -> Trainer:
     """A game on the given teacher."""
     family = load_family(args.teacher)
     settings = LoraSettings(args.rank, args.rank, family.lora_targets)
-    lora = {"student": settings, "critic": settings} if args.lora else {}
+    trained = [name for name, role in objective.roles().items() if isinstance(role, Trained)]
+    lora = dict.fromkeys(trained, settings) if args.lora else {}
     accelerator = Accelerator(cpu=args.device == "cpu")
     family.pipeline.to(accelerator.device)
     cast = Cast(family, objective.roles(), lora=lora)
@@ -137,15 +159,18 @@ def play(cast: Cast, batch: Batch, wanted: Pass) -> None:
     x = batch.noise().repeat(rows, 1, 1, 1).requires_grad_(wanted.by == "input")
     condition = Condition.cat([batch.condition] * rows)
 
+    half = torch.full((len(x),), 0.5, dtype=torch.float64, device=x.device)
+
     def output() -> Tensor:
+        if wanted.by == "direction":
+            return denoiser.jvp(x, half, condition, torch.randn_like(x), half)[1]
         if wanted.features:
-            half = torch.full((len(x),), 0.5, dtype=torch.float64, device=x.device)
             return cast.head("discriminator")(denoiser, x, half, condition)
         with denoiser.weights.active():
             times = torch.full((len(x),), 500.0, device=x.device)
             return cast.family.forward(denoiser.weights.network, x, times, condition)
 
-    if not wanted.by:
+    if wanted.by in ("", "direction"):
         with torch.no_grad():
             output()
     elif wanted.by == "input":
@@ -220,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", default="assets/shapes/teacher")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--critic-updates", type=int, default=5, help="of dmd2; the others have one")
+    parser.add_argument("--critic-updates", type=int, default=5, help="of dmd2; other critics have one")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--warmup", type=int, default=2)

@@ -84,9 +84,9 @@ class Cast:
         networks = {name for name, kind in kinds.items() if isinstance(roles[kind], Trained)}
         self.lora = {name: lora[kinds[name]] for name in roles if name in networks and kinds[name] in lora}
         self.recorded = tuple(name for name, role in roles.items() if isinstance(role, Recorded))
-        full = [name for name in roles if name in networks and name not in self.lora]
         # Copies first: after the first adapter the shared network's layers are wrapped.
-        copies = {name: self._copy_of_teacher() for name in full}
+        self._embedding = roles_with_guidance(family, roles, lora)
+        copies = {name: self._copy_of_teacher(name) for name in roles if name in networks and name not in self.lora}
         self.shared = SharedNetwork(family.network())
         self._weights: dict[str, Weights] = {name: OwnWeights(network) for name, network in copies.items()}
         for name, role in roles.items():
@@ -102,6 +102,9 @@ class Cast:
         for name, start in (starts or {}).items():
             if name in (*self.trained, *self.recorded):
                 self._start(name, start)
+        for name in self.recorded:
+            if name not in (starts or {}):
+                self.copy(kinds[name], name)
         if checkpointing:
             self._enable_checkpointing(copies.values())
 
@@ -137,6 +140,17 @@ class Cast:
     def copy(self, source: str, target: str) -> None:
         """Writes one role's weights into a recorded or trained role of the same kind."""
         copy_into(self.parameters(target), self.parameters(source), f"role {source!r}")
+
+    def blend(self, source: str, target: str, decay: float) -> None:
+        """Moves a recorded or trained role towards another of its kind: target <- decay target + (1 - decay) source.
+
+        The sum is taken in float32 at least, whatever the weights are kept in.
+        """
+        new = self.parameters(source)
+        with torch.no_grad():
+            for name, old in self.parameters(target).items():
+                wide = torch.promote_types(old.dtype, torch.float32)
+                old.copy_(decay * old.to(wide) + (1 - decay) * new[name].to(wide))
 
     def park(self, role: str, key: str) -> None:
         """Keeps a copy of a role's weights in the CPU's memory and in checkpoints, in a file named after the key."""
@@ -200,12 +214,22 @@ class Cast:
         lora = self.lora.get(role)
         return "full copy" if lora is None else f"LoRA rank {lora.rank}"
 
-    def _copy_of_teacher(self) -> nn.Module:
-        network = self.family.plain_network()
+    def _copy_of_teacher(self, role: str | None = None) -> nn.Module:
+        """A plain network with the teacher's weights, and with the inputs that a role asks for."""
+        embeds_guidance = role in self._embedding
+        network = self.family.plain_network(embeds_guidance=embeds_guidance)
         state = self.family.network().state_dict()
         plain = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+        if embeds_guidance:
+            plain = {**self._silent_guidance(network), **plain}
         network.load_state_dict(plain)
         return network
+
+    def _silent_guidance(self, network: nn.Module) -> dict[str, Tensor]:
+        """The weight by which a network takes a guidance scale, such that no scale changes anything."""
+        weight = self.family.guidance_weight
+        assert weight is not None, "a family without such networks has refused to make one"
+        return {weight: torch.zeros_like(network.get_parameter(weight))}
 
     def _head(self, role: Head, seed: int, size: int | None) -> DenoiserHead:
         """Builds a head for features of the shapes that the teacher gives for one image of `size` pixels."""
@@ -226,10 +250,30 @@ class Cast:
             before = "full" if start.lora is None else "LoRA"
             raise UserError(f"role {role!r} starts from {before} weights that its stage ({self._kind(role)}) cannot "
                             "hold; give both stages the same weights")  # fmt: skip
-        copy_into(self.tensors(role), start.tensors, f"the start of role {role!r}")
+        tensors = start.tensors
+        if role in self._embedding:
+            tensors = {**self._silent_guidance(self._weights[role].network), **tensors}
+        copy_into(self.tensors(role), tensors, f"the start of role {role!r}")
 
     def _enable_checkpointing(self, copies: Iterable[nn.Module]) -> None:
         for network in copies:
             network.enable_gradient_checkpointing()  # type: ignore[operator]
         if self.lora:
             self.shared.enable_checkpointing()
+
+
+def roles_with_guidance(
+    family: ModelFamily, roles: Mapping[str, Role], lora: Mapping[str, LoraSettings]
+) -> frozenset[str]:
+    """The roles whose networks take a guidance scale as an input.
+
+    Raises:
+        UserError: one of them is trained as a LoRA, or networks of this family cannot.
+    """
+    found = {name for name, role in roles.items() if isinstance(role, Trained) and role.embeds_guidance}
+    for name in found & lora.keys():
+        raise UserError(f"role {name!r} takes the guidance scale as an input, for which a LoRA has no layer; give it "
+                        "weights: full, or set the objective's embed_guidance: false")  # fmt: skip
+    if found:
+        family.guidance_options()  # refuses
+    return frozenset(found | {n for n, role in roles.items() if isinstance(role, Recorded) and role.like in found})

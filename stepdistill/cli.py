@@ -223,7 +223,7 @@ def _model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
     }  # fmt: skip
     lora = Path(str(given.get("lora") or ""))
     facts = _facts(lora) if given.get("lora") else _facts(path)
-    options |= {key: facts[key] for key in ("steps", "guidance_scale") if key in facts}
+    options |= {key: facts[key] for key in ("steps", "guidance_scale", "eta") if key in facts}
     if given.get("lora") and (lora / "scheduler").is_dir():
         options["scheduler"] = str(lora / "scheduler")
     options |= {key: value for key, value in given.items() if value is not None}

@@ -51,6 +51,18 @@ class Condition:
 
         return Condition({name: pick(name, tensor) for name, tensor in self.tensors.items()})
 
+    def with_guidance(self, scale: float | Tensor) -> Condition:
+        """The same with a guidance scale, for networks that take it as an input.
+
+        In float64: networks see 1000 times the scale through sines, where the rounding of float32 would show.
+
+        Args:
+            scale: standard scale (1 = no guidance), one for all rows or (B,).
+        """
+        device = next(iter(self.tensors.values())).device
+        rows = torch.as_tensor(scale, dtype=torch.float64, device=device).expand(len(self))
+        return Condition({**self.tensors, "guidance": rows})
+
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
         """Stacks conditions along the batch, for example for one guided call."""

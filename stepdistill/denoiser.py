@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepdistill.adapters import SharedNetwork
 from stepdistill.condition import Condition
@@ -102,10 +104,7 @@ class Denoiser:
             t: times in [0, 1], (B,).
             condition: B rows.
         """
-        model_time = self.schedule.model_time(t).to(torch.promote_types(x_t.dtype, torch.float32))
-        with self.weights.active():
-            native = self._call(self.weights.network, x_t, model_time, condition)
-        return Prediction(native.to(x_t.dtype), self.kind, x_t, Levels.at(self.schedule, t, x_t))
+        return self._prediction(self._native(x_t, self._model_time(x_t, t), condition), x_t, t)
 
     def guided(
         self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, scale: float | Tensor
@@ -126,6 +125,47 @@ class Denoiser:
         if isinstance(scale, Tensor):
             scale = scale.to(x_t).reshape((-1,) + (1,) * (x_t.ndim - 1))
         return with_prompt.guide(without, scale)
+
+    def jvp(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        tangent_x: Tensor,
+        tangent_t: Tensor,
+        *,
+        difference: float = 0.0,
+    ) -> tuple[Prediction, Tensor]:
+        """The prediction, and how fast its native output changes along a direction of (x_t, t).
+
+        By forward-mode differentiation with plain attention, since the fused kernels have no forward mode; or from two
+        more calls. No reverse mode is needed for either, so a caller who wants none takes no_grad around it.
+
+        Args:
+            x_t: noisy sample, (B, C, H, W).
+            t: times in [0, 1], (B,).
+            condition: B rows; it does not change along the direction.
+            tangent_x: direction of x_t, (B, C, H, W).
+            tangent_t: direction of t, (B,).
+            difference: 0 for forward mode; else a central difference, combined in float64, whose points lie so far
+                off, relative to the norm of x_t and to the whole range of times together. Diffusers' time embedding
+                turns by one radian a timestep, so 1e-4, a tenth of a timestep, is a good size at float32.
+
+        Returns:
+            The prediction, and the derivative of `prediction.native`, (B, C, H, W), at least float32.
+        """
+        model_time = self._model_time(x_t, t)
+        tangent = tangent_x.to(x_t), (self.schedule.d_model_time(t) * tangent_t).to(model_time)
+        if difference > 0:
+            native = self._native(x_t, model_time, condition)
+            step = _relative_step(x_t, tangent_x, tangent_t, difference)
+            slope = self._central_difference(x_t, model_time, condition, tangent, step)
+        else:
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                x, time = map(forward_ad.make_dual, (x_t, model_time), tangent)
+                native, found = forward_ad.unpack_dual(self._native(x, time, condition))  # type: ignore[no-untyped-call]
+                slope = torch.zeros_like(native) if found is None else found  # None: it depends on neither
+        return self._prediction(native, x_t, t), slope.to(torch.promote_types(x_t.dtype, torch.float32))
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, layers: Sequence[str]) -> list[Tensor]:
         """Outputs of inner modules of the network; the pass ends at the last of them.
@@ -153,7 +193,7 @@ class Denoiser:
 
             return keep
 
-        model_time = self.schedule.model_time(t).to(torch.promote_types(x_t.dtype, torch.float32))
+        model_time = self._model_time(x_t, t)
         with ExitStack() as stack:
             for name in layers:
                 stack.enter_context(_hooked(network, name, hook(name)))
@@ -168,6 +208,35 @@ class Denoiser:
     def parameters(self) -> dict[str, nn.Parameter]:
         """What may be trained in this view, by file name."""
         return self.weights.parameters()
+
+    def _model_time(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.schedule.model_time(t).to(torch.promote_types(x_t.dtype, torch.float32))
+
+    def _native(self, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
+        with self.weights.active():
+            return self._call(self.weights.network, x_t, model_time, condition)
+
+    def _prediction(self, native: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        return Prediction(native.to(x_t.dtype), self.kind, x_t, Levels.at(self.schedule, t, x_t))
+
+    def _central_difference(
+        self, x_t: Tensor, model_time: Tensor, condition: Condition, tangent: tuple[Tensor, Tensor], step: Tensor
+    ) -> Tensor:
+        """(F(p + h v) - F(p - h v)) / 2h with one h per sample, (B,), float64."""
+        h = step.reshape((-1,) + (1,) * (x_t.ndim - 1))
+        ends: list[Tensor] = []
+        for sign in (1, -1):
+            x = (x_t + sign * h * tangent[0]).to(x_t)
+            ends.append(self._native(x, (model_time + sign * step * tangent[1]).to(model_time), condition).double())
+        slope: Tensor = (ends[0] - ends[1]) / (2 * h)
+        return slope
+
+
+def _relative_step(x_t: Tensor, tangent_x: Tensor, tangent_t: Tensor, difference: float) -> Tensor:
+    """h, (B,), float64, such that h |tangent_x| / |x_t| + h |tangent_t| = difference."""
+    lengths = [v.detach().double().flatten(1).norm(dim=1).clamp(min=1e-12) for v in (tangent_x, x_t)]
+    speed: Tensor = lengths[0] / lengths[1] + tangent_t.detach().double().abs()
+    return difference / speed.clamp(min=1e-6)
 
 
 class _LastLayerError(Exception):

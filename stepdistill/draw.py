@@ -13,9 +13,12 @@ import torch
 from stepdistill.attention import NAG, NASA, Rule, steer
 from stepdistill.bench import generate
 from stepdistill.errors import UserError
+from stepdistill.seeds import own_randomness
 
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from stepdistill.bench.generate import ModelUnderTest
 
 
@@ -73,24 +76,30 @@ def draw(
         raise UserError(f"a negative prompt does nothing at guidance scale {model.guidance_scale:g}; say how strongly "
                         "it is to act, with --nasa 0.3 or --nag 2")  # fmt: skip
     pipeline: Any = generate.load_pipeline(model, device=device)
-    output.mkdir(parents=True, exist_ok=True)
     steering: AbstractContextManager[object] = nullcontext()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = generate.call_options(pipeline, model)
     if avoid is not None and avoid.rule is not None:
         steering = steer(pipeline, avoid.prompt, avoid.rule)
     elif avoid is not None:
+        _check_it_acts(pipeline)
         options["negative_prompt"] = [avoid.prompt] * count
+    output.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(prompts):
         generators = [torch.Generator().manual_seed(generate.image_seed(seed, number, k)) for k in range(count)]
-        with steering:
-            images = pipeline(
-                [prompt] * count, num_inference_steps=model.steps, guidance_scale=model.guidance_scale,
-                generator=generators, **options,
-            ).images  # fmt: skip
+        with steering, own_randomness(generate.image_seed(seed, number, 0), torch.device(device)):
+            images = pipeline([prompt] * count, generator=generators, **options).images
         for k, image in enumerate(images):
             file = output / f"{number:03d}-{_slug(prompt)}-{seed}-{k}.png"
             image.save(file)
             yield file
+
+
+def _check_it_acts(pipeline: DiffusionPipeline) -> None:
+    """Raises UserError where the unconditional half of guidance, which a negative prompt replaces, is never called."""
+    unet = pipeline.components.get("unet")
+    if unet is not None and unet.config.get("time_cond_proj_dim") is not None:
+        raise UserError("a negative prompt does nothing to a network that takes the guidance scale as an input; say "
+                        "how strongly it is to act, with --nasa 0.3 or --nag 2")  # fmt: skip
 
 
 def _slug(prompt: str) -> str:

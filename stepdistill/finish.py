@@ -15,8 +15,7 @@ from stepdistill.denoiser import AdapterWeights, OwnWeights
 from stepdistill.export.lora import difference_lora, export_lora
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.verify import ImageRequest, verify_export
-from stepdistill.sampling import few_steps
-from stepdistill.times import grid
+from stepdistill.sampling import student_samples
 
 
 if TYPE_CHECKING:
@@ -55,16 +54,21 @@ def export_student(
         if spec is not None:
             difference = check(family, network, spec, pipeline, None)
             display.say(f"{pipeline}: a fresh process with plain Diffusers differs by at most {difference:.1e}")
-    if recipe.export.lora and spec is not None and family.supports_lora_loading:
+    if recipe.export.lora and spec is not None and spec.embeds_guidance:
+        display.say("lora/: left out, since a LoRA has no layer for the guidance scale that this student takes as an "
+                    "input")  # fmt: skip
+    elif recipe.export.lora and spec is not None and family.supports_lora_loading:
         lora = _export_lora(recipe, family, student, network, spec, folder, facts, display)
     return pipeline, lora
 
 
 def merged_network(family: ModelFamily, student: RoleState) -> nn.Module:
     """A plain network that computes what the student computes."""
-    network = family.plain_network()
+    network = family.plain_network(embeds_guidance=family.guidance_weight in student.tensors)
     if student.lora is None:
-        network.load_state_dict(dict(student.tensors))
+        trained = {name for name, _ in network.named_parameters()}
+        buffers = {name: value for name, value in family.network().state_dict().items() if name not in trained}
+        network.load_state_dict({**buffers, **student.tensors})
         return network
     network.load_state_dict(family.network().state_dict())
     shared = SharedNetwork(network)
@@ -88,7 +92,7 @@ def check(family: ModelFamily, network: nn.Module, spec: InferenceSpec, folder: 
     prompts = _some_prompts(family)
     # DiTPipeline takes no latents: it draws its noise first, from the generator that the request seeds.
     given = noise if family.takes_latents else None
-    request = ImageRequest(prompts, spec.num_steps, spec.guidance_scale, given, NOISE_SEED)
+    request = ImageRequest(prompts, spec.num_steps, spec.guidance_scale, given, NOISE_SEED, spec.eta)
     try:
         expected = in_memory(family, network.to("cpu"), spec, noise, prompts)
         return verify_export(folder, expected, request, lora=lora)
@@ -101,10 +105,9 @@ def in_memory(
     family: ModelFamily, network: nn.Module, spec: InferenceSpec, noise: Tensor, prompts: list[str]
 ) -> Tensor:
     """The student's images (B, 3, H, W) in [0, 1] from given noise."""
-    student = family.denoiser(OwnWeights(network))
-    times = grid(student.schedule, spec.timesteps, noise.device)
+    condition = family.encode_prompts(prompts)
     torch.manual_seed(NOISE_SEED)  # the pipeline draws the noise between steps from a generator of this seed
-    x0 = few_steps(student, noise, times, family.encode_prompts(prompts), spec.sampler)
+    x0 = student_samples(family.denoiser(OwnWeights(network)), noise, condition, spec)
     return family.decode_latents(x0)
 
 
@@ -149,7 +152,7 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
         one = replace(teacher, name="teacher, 1 step", steps=1, scheduler="lcm")
         plural = "step" if spec.num_steps == 1 else "steps"
         models = [teacher, one, ModelUnderTest(f"student, {spec.num_steps} {plural}", path, spec.num_steps,
-                                               spec.guidance_scale, train_seconds=seconds)]  # fmt: skip
+                                               spec.guidance_scale, eta=spec.eta, train_seconds=seconds)]  # fmt: skip
     protocol = ShapesProtocol(config.prompts, config.images_per_prompt, evaluator=config.evaluator)
     with display.counting("measuring") as count:
         report = run_benchmark(

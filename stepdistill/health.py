@@ -21,7 +21,7 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import split
 from stepdistill.objectives.base import InferenceSpec, Objective, Trained
 from stepdistill.prediction import Prediction, add_noise, native_target
-from stepdistill.sampling import ddim, few_steps
+from stepdistill.sampling import ddim, student_samples
 from stepdistill.seeds import own_randomness
 from stepdistill.times import grid, trailing
 
@@ -344,9 +344,7 @@ class Monitor:
         self._teacher = self._agreed(self._appearance(torch.cat(samples)))
 
     def _sample(self, part: Probe) -> Tensor:
-        student = self.cast.denoiser("student")
-        times = grid(student.schedule, self.spec.timesteps, part.noise.device)
-        return few_steps(student, part.noise, times, part.condition, self.spec.sampler)
+        return student_samples(self.cast.denoiser("student"), part.noise, part.condition, self.spec)
 
     def _compare(self, part: Probe, x0: Tensor) -> Tensor:
         """=> (3, B): critic's error, teacher's error, squared difference of their clean predictions."""

@@ -12,12 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stepdistill.errors import UserError
 from stepdistill.prediction import Levels, Prediction, native_target
 
 
 SidWeighting = Literal[
     "distance", "constant", "alpha", "alpha_squared", "sqrt_snr", "snr", "inverse_sigma", "inverse_variance"
 ]
+Distance = Literal["mse", "l2", "huber", "sample_huber"]
+ProgressiveWeighting = Literal["truncated_snr", "snr_plus_one", "native"]
+AddWeighting = Literal["exponential", "sds", "constant"]
 
 
 def pseudo_loss(x: Tensor, direction: Tensor) -> Tensor:
@@ -120,14 +124,96 @@ def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor | None = Non
     return (error if weight is None else weight.to(error.dtype) * error).mean()
 
 
+def mse_distance(p: Tensor, y: Tensor) -> Tensor:
+    """Mean squared difference of each sample, (B,)."""
+    return (p - y).square().flatten(1).mean(1)
+
+
+def norm_distance(p: Tensor, y: Tensor) -> Tensor:
+    """Length of each sample's difference, not squared, (B,); where both are equal its gradient is zero."""
+    length: Tensor = torch.linalg.vector_norm((p - y).flatten(1), dim=1)
+    return length
+
+
+def huber_distance(p: Tensor, y: Tensor, c: float) -> Tensor:
+    """Pseudo-Huber of every element, averaged per sample, (B,): mean(sqrt(d^2 + c^2) - c), as in the code of LCM."""
+    return ((p - y).square() + c**2).sqrt().flatten(1).mean(1) - c
+
+
+def sample_huber_distance(p: Tensor, y: Tensor, c: float) -> Tensor:
+    """Pseudo-Huber of every sample's length, (B,): sqrt(|d|^2 + c^2) - c, iCT (arXiv 2310.14189) section 3.3."""
+    return ((p - y).square().flatten(1).sum(1) + c**2).sqrt() - c
+
+
+def distance(kind: Distance, p: Tensor, y: Tensor, c: float = 1e-3) -> Tensor:
+    """How far predictions are from their targets, (B,).
+
+    Four different things: a mean over elements for "mse" and "huber", a length of the whole sample, sqrt(CHW) times as
+    large, for "l2" and "sample_huber".
+
+    Args:
+        kind: which distance.
+        p: predictions, (B, C, H, W).
+        y: targets, (B, C, H, W).
+        c: where both Huber distances turn from square to linear, positive: in units of an element for "huber", of the
+            whole sample's length for "sample_huber".
+    """
+    if kind == "mse":
+        return mse_distance(p, y)
+    if kind == "l2":
+        return norm_distance(p, y)
+    if not c > 0:
+        raise UserError(f"distance {kind} needs a positive huber constant, got {c}; l2 is the limit at 0")
+    return huber_distance(p, y, c) if kind == "huber" else sample_huber_distance(p, y, c)
+
+
 def min_snr_weight(levels: Levels, kind: str, gamma: float) -> Tensor:
     """Min-SNR-gamma weight of the native squared error (Hang et al. 2023, arXiv 2303.09556, section 3.4), (B,).
 
     min(SNR, gamma) in x0 space; divided by what one unit of x0 error is in the native output.
     """
     snr = ((levels.alpha / levels.sigma) ** 2).flatten()
-    capped = snr.clamp(max=gamma)
-    native_per_x0 = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}
+    return snr.clamp(max=gamma) / native_per_x0(levels, kind)
+
+
+def native_per_x0(levels: Levels, kind: str) -> Tensor:
+    """How much squared native error one unit of squared x0 error is at a fixed x_t, (B,)."""
+    snr = ((levels.alpha / levels.sigma) ** 2).flatten()
     if kind == "flow":  # eps - x0 with x_t fixed: d native / d x0 = -(alpha + sigma) / sigma
-        return capped / ((levels.alpha + levels.sigma) / levels.sigma).flatten() ** 2
-    return capped / native_per_x0[kind]
+        return ((levels.alpha + levels.sigma) / levels.sigma).flatten() ** 2
+    return {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[kind]
+
+
+def line_x0(x_t: Tensor, x_s: Tensor, here: Levels, there: Levels) -> Tensor:
+    """The clean sample that a DDIM step has to be given to lead from x_t to x_s, (B, C, H, W).
+
+    (x_s - r x_t) / (alpha_s - r alpha_t) with r = sigma_s / sigma_t: progressive distillation (Salimans and Ho 2022,
+    arXiv 2202.00512), algorithm 2. For s = 0 it is x_s itself.
+    """
+    ratio = there.sigma / here.sigma
+    x0 = (x_s.double() - ratio * x_t.double()) / (there.alpha - ratio * here.alpha)
+    return x0.to(torch.promote_types(x_t.dtype, torch.float32))
+
+
+def progressive_weight(levels: Levels, kind: str, weighting: ProgressiveWeighting) -> Tensor:
+    """Weight of the squared x0 error in progressive distillation, (B,): arXiv 2202.00512, section 4, or our "native".
+
+    Args:
+        levels: of the times at which the student is called.
+        kind: what its native output is.
+        weighting: max(SNR, 1), SNR + 1, or what turns the error into that of the native output.
+    """
+    snr = ((levels.alpha / levels.sigma) ** 2).flatten()
+    if weighting == "native":
+        return native_per_x0(levels, kind)
+    return snr.clamp(min=1) if weighting == "truncated_snr" else snr + 1
+
+
+def add_weight(levels: Levels, weighting: AddWeighting) -> Tensor:
+    """c(t) of adversarial diffusion distillation (arXiv 2311.17042, section 3.3), (B,).
+
+    "exponential" is alpha. "sds" is alpha sigma / 2, with which the gradient of c |x - x0_teacher|^2 is that of score
+    distillation, sigma^2 (eps_teacher - eps).
+    """
+    alpha, sigma = levels.alpha.flatten(), levels.sigma.flatten()
+    return {"exponential": alpha, "sds": alpha * sigma / 2, "constant": torch.ones_like(alpha)}[weighting]

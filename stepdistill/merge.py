@@ -138,5 +138,5 @@ def _call(student: Student, family: ModelFamily) -> dict[str, Any]:
     scheduler = family.pipeline.scheduler
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     facts = student.facts
-    known = {key: facts.get(key) for key in ("timesteps", "sampler", "guidance_scale")}
+    known = {key: facts.get(key) for key in ("timesteps", "sampler", "guidance_scale", "eta")}
     return {**known, "scheduler": type(scheduler).__name__, **config}

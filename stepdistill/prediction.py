@@ -136,3 +136,21 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Te
     """x_t = alpha x0 + sigma eps at times `t` of shape (B,), in the dtype of x0."""
     levels = Levels.at(schedule, t, x0)
     return (levels.alpha * x0 + levels.sigma * eps).to(x0.dtype)
+
+
+def add_more_noise(schedule: NoiseSchedule, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_s => x_t at a noisier time, in the dtype of x_s: what diffusion does between two times.
+
+    x_t = r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) eps with r = alpha_t / alpha_s.
+
+    Args:
+        schedule: names the levels.
+        x_s: sample at s, (B, ...).
+        s: times, (B,).
+        t: times, (B,), nowhere before s.
+        eps: fresh noise, (B, ...).
+    """
+    here, there = Levels.at(schedule, s, x_s), Levels.at(schedule, t, x_s)
+    ratio = there.alpha / here.alpha
+    fresh = (there.sigma**2 - (ratio * here.sigma) ** 2).clamp(min=0).sqrt()
+    return (ratio * x_s + fresh * eps).to(x_s.dtype)

@@ -14,7 +14,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.base import InferenceSpec
 from stepdistill.prediction import add_noise
-from stepdistill.sampling import ddim, few_steps
+from stepdistill.sampling import ddim, student_samples
 from stepdistill.seeds import own_randomness
 from stepdistill.times import grid, trailing
 
@@ -70,8 +70,7 @@ class Previews:
     def _few_steps(self, student: Denoiser, noise: Tensor) -> Tensor:
         if self.spec is None:
             return self._many_steps(student, noise)
-        times = grid(student.schedule, self.spec.timesteps, noise.device)
-        return few_steps(student, noise, times, self.family.encode_prompts(self.prompts), self.spec.sampler)
+        return student_samples(student, noise, self.family.encode_prompts(self.prompts), self.spec)
 
     def _many_steps(self, denoiser: Denoiser, noise: Tensor) -> Tensor:
         times = grid(denoiser.schedule, trailing(denoiser.schedule, self.teacher_steps), noise.device)

@@ -113,9 +113,12 @@ class _Run:
         return finish(self.recipe, self.family, starts, self.objectives[-1].inference(), self.folder, self.display)
 
     def _check_export(self) -> None:
-        """Raises UserError now, and not after the training, if the student's schedule cannot be exported."""
-        from stepdistill.export.pipeline import family_scheduler
+        """Raises UserError now, and not after the training, if the student cannot be trained or exported as asked."""
+        from stepdistill.cast import roles_with_guidance
+        from stepdistill.export.schedulers import family_scheduler
 
+        for stage, objective in zip(self.recipe.stages, self.objectives, strict=True):
+            roles_with_guidance(self.family, objective.roles(), lora_settings(stage, objective, self.family))
         wanted = self.recipe.export
         spec = self.objectives[-1].inference()
         if spec is not None and (wanted.pipeline or (wanted.lora and self.family.supports_lora_loading)):

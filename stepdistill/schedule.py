@@ -49,6 +49,10 @@ class NoiseSchedule(ABC):
         """What the network is fed at `t`; Diffusers counts timesteps."""
 
     @abstractmethod
+    def d_model_time(self, t: Tensor) -> Tensor:
+        """Derivative of `model_time` with respect to `t`."""
+
+    @abstractmethod
     def t_from_model_time(self, model_time: Tensor) -> Tensor:
         """Inverse of `model_time`: exact for every index of the training table."""
 
@@ -114,6 +118,11 @@ class VPSchedule(NoiseSchedule):
         index = torch.where((index - index.round()).abs() < 1e-9, index.round(), index)
         return index.clamp(min=0)
 
+    def d_model_time(self, t: Tensor) -> Tensor:
+        # No network has learnt times below its first index, where `model_time` stands still.
+        inside = self.num_train_timesteps * t.double() > 1 - 1e-9
+        return self.num_train_timesteps * inside.double()
+
     def t_from_model_time(self, model_time: Tensor) -> Tensor:
         return (model_time.double() + 1) / self.num_train_timesteps
 
@@ -154,6 +163,9 @@ class FlowSchedule(NoiseSchedule):
     def model_time(self, t: Tensor) -> Tensor:
         return self.sigma(t) * self.num_train_timesteps
 
+    def d_model_time(self, t: Tensor) -> Tensor:
+        return self.d_sigma(t) * self.num_train_timesteps
+
     def t_from_model_time(self, model_time: Tensor) -> Tensor:
         return self._t_from_sigma(model_time.double() / self.num_train_timesteps)
 
@@ -190,6 +202,9 @@ class EDMSchedule(NoiseSchedule):
     def model_time(self, t: Tensor) -> Tensor:
         return self.sigma(t).log() / 4  # Karras et al. 2022, table 1: c_noise
 
+    def d_model_time(self, t: Tensor) -> Tensor:
+        return self.d_sigma(t) / self.sigma(t) / 4
+
     def t_from_model_time(self, model_time: Tensor) -> Tensor:
         return ((4 * model_time.double()).exp() ** (1 / self._rho) - self._low) / (self._high - self._low)
 
@@ -215,6 +230,9 @@ class TrigFlowSchedule(NoiseSchedule):
     def model_time(self, t: Tensor) -> Tensor:
         return t.double() * (math.pi / 2)
 
+    def d_model_time(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, math.pi / 2, dtype=torch.float64)
+
     def t_from_model_time(self, model_time: Tensor) -> Tensor:
         return model_time.double() / (math.pi / 2)
 
@@ -234,11 +252,10 @@ def from_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str
     Raises:
         UserError: the prediction type is none of these.
     """
-    name = str(config.get("_class_name", ""))
+    flow = flow_schedule(config)
+    if flow is not None:
+        return flow, "flow"
     kind = str(config.get("prediction_type", "epsilon"))
-    if name.startswith("FlowMatch") or kind == "flow_prediction":
-        shift = float(config.get("shift", config.get("flow_shift", 1.0)) or 1.0)
-        return FlowSchedule(shift, int(config.get("num_train_timesteps", 1000))), "flow"
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise UserError(f"scheduler/scheduler_config.json: prediction_type {kind!r} is not supported; "
                         "expected epsilon, v_prediction, sample or flow_prediction")  # fmt: skip
@@ -250,3 +267,12 @@ def from_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str
     )  # fmt: skip
     betas = {key: config[key] for key in keys if config.get(key) is not None}
     return VPSchedule(DDPMScheduler(**betas).alphas_cumprod), kind
+
+
+def flow_schedule(config: Mapping[str, Any]) -> FlowSchedule | None:
+    """The schedule that a Diffusers scheduler config names, if it is one of flow matching."""
+    flow = str(config.get("_class_name", "")).startswith("FlowMatch")
+    if not flow and config.get("prediction_type") != "flow_prediction":
+        return None
+    shift = float(config.get("shift", config.get("flow_shift", 1.0)) or 1.0)
+    return FlowSchedule(shift, int(config.get("num_train_timesteps", 1000)))

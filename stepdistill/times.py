@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stepdistill.errors import UserError
 from stepdistill.schedule import NoiseSchedule, VPSchedule
 
 
@@ -19,6 +20,14 @@ def uniform_times(schedule: NoiseSchedule, count: int, *, low: float, high: floa
         first, last = round(low * total), min(round(high * total), total - 1)
         return schedule.t_from_model_time(torch.randint(first, last + 1, (count,), device=device))
     return low + (high - low) * torch.rand(count, dtype=torch.float64, device=device)
+
+
+def times_between(schedule: NoiseSchedule, low: Tensor, high: Tensor) -> Tensor:
+    """Uniform times in [low, high), both (B,) and float64; for a VP network, timesteps that it has learnt."""
+    t = low + (high - low) * torch.rand_like(low)
+    if isinstance(schedule, VPSchedule):
+        return schedule.t_from_model_time(schedule.model_time(t).floor())
+    return t
 
 
 def log_noise_times(schedule: NoiseSchedule, count: int, *, mean: float, std: float, device: torch.device) -> Tensor:
@@ -40,5 +49,17 @@ def trailing(schedule: NoiseSchedule, steps: int) -> tuple[int, ...]:
 
 
 def grid(schedule: NoiseSchedule, timesteps: tuple[int, ...], device: torch.device) -> Tensor:
-    """Diffusers timestep indices => times, (N,), float64."""
-    return schedule.t_from_model_time(torch.tensor(timesteps, dtype=torch.float64, device=device))
+    """Indices of training timesteps => times, (N,), float64: index i of n lies at t = (i + 1) / n.
+
+    The last index is pure noise, for flow-matching teachers too: 749 of 1000 is t = 0.75 for all, which a flow with
+    shift 1 is told as 1000 sigma = 750.
+
+    Raises:
+        UserError: an index that is not in the table.
+    """
+    total = schedule.num_train_timesteps
+    outside = [index for index in timesteps if not 0 <= index < total]
+    if outside:
+        raise UserError(f"timestep {outside[0]} is none of this teacher's: they go from 0 to {total - 1}, which is "
+                        "pure noise (for flow-matching teachers too)")  # fmt: skip
+    return (torch.tensor(timesteps, dtype=torch.float64, device=device) + 1) / total

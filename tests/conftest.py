@@ -37,6 +37,14 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_dit(tmp_path_factory.mktemp("teachers") / "dit")
 
 
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A StableDiffusion3Pipeline with random weights, a flow-matching teacher; never written to."""
+    from tests.tiny import tiny_sd3
+
+    return tiny_sd3(tmp_path_factory.mktemp("teachers") / "sd3")
+
+
 @pytest.fixture
 def sd(sd_folder: str) -> ModelFamily:
     """The tiny Stable Diffusion, freshly loaded: a test may put adapters on it."""
@@ -51,3 +59,11 @@ def dit(dit_folder: str) -> ModelFamily:
     from stepdistill.families import load_family
 
     return load_family(dit_folder)
+
+
+@pytest.fixture
+def sd3(sd3_folder: str) -> ModelFamily:
+    """The tiny Stable Diffusion 3, freshly loaded."""
+    from stepdistill.families import load_family
+
+    return load_family(sd3_folder)

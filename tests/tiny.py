@@ -60,6 +60,60 @@ def tiny_recipe(teacher: str, output: Path, **changes: Any) -> dict[str, Any]:
     return {**content, **changes}
 
 
+def tiny_sd3(folder: Path) -> str:
+    """A StableDiffusion3Pipeline with random weights, saved to a folder; images of 16 pixels.
+
+    A FunnelModel stands where T5 does, as in the bundled teacher: it makes 8 tokens of the pipeline's 256.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        FunnelBaseModel,
+        FunnelConfig,
+    )
+
+    torch.manual_seed(2)
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=8)
+    encoders = [
+        CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(words), hidden_size=width, intermediate_size=width, num_hidden_layers=2,
+                num_attention_heads=2, max_position_embeddings=8, projection_dim=width, bos_token_id=52,
+                eos_token_id=53, pad_token_id=53,
+            )
+        )
+        for width in (16, 8)
+    ]  # fmt: skip
+    funnel = FunnelConfig(
+        vocab_size=len(words), block_sizes=[1] * 6, num_decoder_layers=0, d_model=24, n_head=1, d_head=8, d_inner=8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
+        shift_factor=0.25,
+    )  # fmt: skip
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=24,
+        pos_embed_max_size=8, qk_norm="rms_norm",
+    )  # fmt: skip
+    StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+        text_encoder_3=FunnelBaseModel(funnel), tokenizer_3=tokenizer,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
 def scramble(parameters: Mapping[str, torch.nn.Parameter], seed: int = 0, scale: float = 0.3) -> None:
     """Random values, so that an adapter that starts as zero does something."""
     generator = torch.Generator().manual_seed(seed)

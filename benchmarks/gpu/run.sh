@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that pays most on an accelerator, in one go: make the bundled networks, measure their gates, run the recipes.
 #
-#     benchmarks/gpu/run.sh OUTPUT [part ...]        parts: assets teacher gates recipes overhead (default: all)
+#     benchmarks/gpu/run.sh OUTPUT [part ...]        parts: assets teacher flow gates recipes overhead (default: all)
 #
 # A part that fails or runs out of time leaves the others alone. Checkpoints lie under runs/, so the same command goes on.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 output=${1:?"where results go"}
 shift
-parts=${*:-assets teacher gates recipes overhead}
+parts=${*:-assets teacher flow gates recipes overhead}
 limit=${PART_SECONDS:-500} # of each step
 mkdir -p "$output"
 export PYTHONPATH=. PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -38,6 +38,12 @@ for name in $parts; do
         stages.0.batch_size=256 data.count=100000 checkpoints.every=1000 previews.every=2000
       # The parts below measure and distil what lies in assets/.
       make install && cp -r assets/shapes "$output/"
+      ;;
+    flow)
+      make assemble-flow
+      part flow_teacher python -m stepdistill train recipes/shapes/flow_teacher.yaml device=cuda stages.0.steps=30000 \
+        stages.0.batch_size=256 data.count=100000 checkpoints.every=1000 previews.every=2000
+      make install-flow && cp -r assets/shapes "$output/"
       ;;
     gates)
       part gates python benchmarks/shapes/gates.py --device cuda --output "$output/shapes_gates.json"

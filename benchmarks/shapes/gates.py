@@ -4,8 +4,8 @@
     python benchmarks/shapes/gates.py --parts vae,judge --vae runs/shapes-assets/autoencoder
 
 Parts: `vae` (reconstruction PSNR), `clip` (caption-to-image retrieval), `judge` (its readings of real scenes, and of
-reconstructions), `teacher` (caption accuracy and diversity at 25 steps, over guidance scales). Parts measured earlier
-stay in the results file. Exits 1 if a gate is missed.
+reconstructions), `teacher` and `flow` (caption accuracy and diversity of the two teachers at 25 steps, over guidance
+scales). Parts measured earlier stay in the results file. Exits 1 if a gate is missed.
 """
 
 from __future__ import annotations
@@ -132,15 +132,25 @@ def measure_judge(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure_teacher(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The teacher over guidance scales; the gates apply to the scale of the highest caption accuracy."""
+    """The UNet's gates."""
+    return teacher_gates("teacher", args.teacher, args)
+
+
+def measure_flow(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The flow-matching transformer's, which are the same."""
+    return teacher_gates("flow teacher", args.flow, args)
+
+
+def teacher_gates(name: str, folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A teacher over guidance scales; the gates apply to the scale of the highest caption accuracy."""
     protocol = ShapesProtocol(prompts=args.prompts, images_per_prompt=args.per_prompt, evaluator=str(args.clip))
     scorer = benchmark.Scorer(protocol, device=args.device)
     captions = [case.caption for case in scorer.cases]
-    plain = ModelUnderTest("teacher", str(args.teacher), steps=args.steps, guidance_scale=1.0)
+    plain = ModelUnderTest(name, str(folder), steps=args.steps, guidance_scale=1.0)
     pipeline = load_pipeline(plain, device=args.device)
     found = []
     for scale in args.guidance:
-        model = replace(plain, name=f"teacher, guidance {scale:g}", guidance_scale=scale)
+        model = replace(plain, name=f"{name}, guidance {scale:g}", guidance_scale=scale)
         made = generate_images(
             pipeline, captions, model=model, images_per_prompt=args.per_prompt, batch_size=args.batch_size
         )
@@ -162,6 +172,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "clip": measure_clip,
     "judge": measure_judge,
     "teacher": measure_teacher,
+    "flow": measure_flow,
 }
 
 
@@ -197,8 +208,9 @@ def save(path: Path, measured: dict[str, Rows], device: str) -> None:
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; default: all")
+    parser.add_argument("--parts", help="comma-separated; default: all, but flow only if there is such a teacher")
     parser.add_argument("--teacher", type=Path, default=ROOT / "assets/shapes/teacher")
+    parser.add_argument("--flow", type=Path, default=ROOT / "assets/shapes/flow")
     parser.add_argument("--vae", type=Path, help="default: the teacher's")
     parser.add_argument("--clip", type=Path, default=ROOT / "assets/shapes/clip")
     parser.add_argument("--count", type=int, default=1000, help="held-out scenes for vae, clip and judge")
@@ -210,7 +222,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/shapes_gates.json")
     args = parser.parse_args()
-    args.parts = args.parts.split(",")
+    found = [part for part in PARTS if part != "flow" or args.flow.is_dir()]
+    args.parts = found if args.parts is None else args.parts.split(",")
     args.vae = args.vae or args.teacher / "vae"
     unknown = sorted(set(args.parts) - set(PARTS))
     if unknown:

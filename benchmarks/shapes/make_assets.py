@@ -8,6 +8,12 @@
     stepdistill train recipes/shapes/teacher.yaml         # trains that UNet
     python benchmarks/shapes/make_assets.py install       # puts teacher and evaluator into assets/shapes, in fp16
 
+and for the flow-matching teacher, on the same autoencoder and text encoder,
+
+    python benchmarks/shapes/make_assets.py assemble-flow # its folder with a transformer of random weights
+    stepdistill train recipes/shapes/flow_teacher.yaml    # trains that transformer
+    python benchmarks/shapes/make_assets.py install-flow  # puts it into assets/shapes/flow
+
 Each command writes a checkpoint every few hundred steps under --work and, started again, goes on from it. The teacher
 itself is trained by `stepdistill train recipes/shapes/teacher.yaml`; `gates.py` measures all of them.
 """
@@ -25,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import flow_teacher
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -392,23 +399,32 @@ def install(output: Path, teacher: Path, assets: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("clip", "text", "autoencoder", "decoder", "assemble", "install"))
+    makers = {
+        "clip": (make_clip, 1700), "text": (make_text, 500), "autoencoder": (make_autoencoder, 6500),
+        "decoder": (make_decoder, 4000),
+    }  # fmt: skip
+    others = ("assemble", "assemble-flow", "install", "install-flow")
+    parser.add_argument("part", choices=(*makers, *others))
     parser.add_argument("--output", type=Path, default=ROOT / "runs/shapes-assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/shapes-assets/work")
     parser.add_argument(
         "--steps", type=int, help="default: 1700 (clip), 500 (text), 6500 (autoencoder), 4000 (decoder)"
     )
     parser.add_argument("--teacher", type=Path, default=ROOT / "runs/shapes-teacher/pipeline", help="for install")
+    parser.add_argument(
+        "--flow", type=Path, default=ROOT / "runs/shapes-flow-teacher/pipeline", help="for install-flow"
+    )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.part == "assemble":
         return assemble(args.output)
     if args.part == "install":
         return install(args.output, args.teacher, ROOT / "assets/shapes")
-    make, steps = {
-        "clip": (make_clip, 1700), "text": (make_text, 500), "autoencoder": (make_autoencoder, 6500),
-        "decoder": (make_decoder, 4000),
-    }[args.part]  # fmt: skip
+    if args.part == "assemble-flow":
+        return flow_teacher.assemble(args.output, SEED)
+    if args.part == "install-flow":
+        return flow_teacher.install(args.output, args.flow, ROOT / "assets/shapes/flow")
+    make, steps = makers[args.part]
     return make(args.work, args.output, args.steps or steps, args.device)
 
 

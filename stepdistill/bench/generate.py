@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stepdistill.assets import resolve_model_path
 from stepdistill.errors import UserError
+from stepdistill.seeds import own_randomness
 
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+FLOW_SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "lcm": "FlowMatchLCMScheduler"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,9 +43,12 @@ class ModelUnderTest:
         path: Diffusers folder or hub id; "assets/..." is found also if bundled.
         steps: `num_inference_steps`.
         guidance_scale: 1 is no guidance, more doubles the network's batch.
+        eta: share of fresh noise between steps, of models with a TCDScheduler; pipelines without such an argument do
+            without it.
         lora: folder or file for `load_lora_weights`, on top of the pipeline.
-        scheduler: None keeps the folder's own; else a name of `SCHEDULERS`, made from the folder's own configuration,
-            or the path of a folder with a scheduler_config.json.
+        scheduler: None keeps the folder's own; else a name of `SCHEDULERS` (of a flow-matching model, of
+            `FLOW_SCHEDULERS`), made from the folder's own configuration, or the path of a folder with a
+            scheduler_config.json.
         precision: "fp32", "bf16" or "fp16". Noise is drawn in it too, so compare models of one precision.
         train_seconds: what its training took, if known: carried into the report.
     """
@@ -56,6 +61,7 @@ class ModelUnderTest:
     scheduler: str | None = None
     precision: str = "fp32"
     train_seconds: float | None = None
+    eta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,19 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu") -> DiffusionPip
     if model.lora is not None:
         _load_lora(pipeline, model)
     if model.scheduler is not None:
-        pipeline.scheduler = _scheduler(model, pipeline.scheduler.config)
+        pipeline.scheduler = _scheduler(model, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         # The loader leaves some parts in the precision of their files, and they would not fit the others.
         if isinstance(part, nn.Module) and any(p.dtype != PRECISIONS[model.precision] for p in part.parameters()):
             part.to(PRECISIONS[model.precision])
     return pipeline.to(device)
+
+
+def call_options(pipeline: DiffusionPipeline, model: ModelUnderTest) -> dict[str, float]:
+    """Arguments of the pipeline's call that say how the model is sampled."""
+    options = {"num_inference_steps": model.steps, "guidance_scale": model.guidance_scale}
+    return {**options, "eta": model.eta} if "eta" in inspect.signature(pipeline.__call__).parameters else options
 
 
 def _load_lora(pipeline: DiffusionPipeline, model: ModelUnderTest) -> None:
@@ -112,16 +124,17 @@ def _load_lora(pipeline: DiffusionPipeline, model: ModelUnderTest) -> None:
         raise UserError(f"{model.name}: {model.lora} cannot be loaded as LoRA weights ({reason})") from error
 
 
-def _scheduler(model: ModelUnderTest, config: Any) -> Any:
+def _scheduler(model: ModelUnderTest, present: Any) -> Any:
     """The scheduler that replaces the folder's own: a named one with its configuration, or one read from a folder."""
     import diffusers
 
-    if model.scheduler in SCHEDULERS:
-        return getattr(diffusers, SCHEDULERS[model.scheduler]).from_config(config)
+    table = FLOW_SCHEDULERS if type(present).__name__.startswith("FlowMatch") else SCHEDULERS
+    if model.scheduler in table:
+        return getattr(diffusers, table[model.scheduler]).from_config(present.config)
     path = Path(str(model.scheduler)) / "scheduler_config.json"
     if not path.is_file():
         raise UserError(
-            f"{model.name}: scheduler {model.scheduler!r} is neither one of {', '.join(SCHEDULERS)} nor a folder with "
+            f"{model.name}: scheduler {model.scheduler!r} is neither one of {', '.join(table)} nor a folder with "
             "a scheduler_config.json"
         )
     own = json.loads(path.read_text(encoding="utf-8"))
@@ -200,7 +213,8 @@ def generate_images(
     """Makes `images_per_prompt` images of every prompt, each from its own random generator.
 
     A generator is seeded by (seed, number of the prompt, number of the image) alone and lives on the CPU, so that the
-    images depend neither on the batch size nor on the device's generator. Time leaves out the text encoders and a
+    images depend neither on the batch size nor on the device's generator; where a pipeline draws the noise between
+    steps without its generators, on the batch size only. Time leaves out the text encoders and a
     first batch, which also pays for warming up; if there is only one batch it runs twice.
 
     Args:
@@ -214,14 +228,15 @@ def generate_images(
     """
     jobs = [(p, k) for p in range(len(prompts)) for k in range(images_per_prompt)]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    device = str(pipeline.device)
+    device, options = str(pipeline.device), call_options(pipeline, model)
 
     def make(batch: list[tuple[int, int]]) -> Tensor:
         generators = [torch.Generator().manual_seed(image_seed(seed, p, k)) for p, k in batch]
-        images: Tensor = pipeline(
-            [prompts[p] for p, _ in batch], num_inference_steps=model.steps, guidance_scale=model.guidance_scale,
-            generator=generators, output_type="pt",
-        ).images  # fmt: skip
+        # Some pipelines hand their generators to the first noise alone, and draw the noise between steps from torch's.
+        with own_randomness(image_seed(seed, *batch[0]), pipeline.device):
+            images: Tensor = pipeline(
+                [prompts[p] for p, _ in batch], generator=generators, output_type="pt", **options
+            ).images
         return images.float().cpu()
 
     if device.startswith("cuda"):

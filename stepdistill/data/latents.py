@@ -106,11 +106,11 @@ class LatentCache:
     @torch.no_grad()
     def _write(self, stem: Path, numbers: range) -> None:
         vae = self._family.pipeline.vae
-        scale, parts, captions = vae.config.scaling_factor, [], []
+        scale, shift, parts, captions = vae.config.scaling_factor, self._family.latent_shift, [], []
         for first in range(numbers.start, numbers.stop, 64):
             batch = self._images.batch(range(first, min(first + 64, numbers.stop)))
             posterior = vae.encode(batch.images.to(self._family.device, vae.dtype)).latent_dist
-            parts.append((posterior.mean * scale, posterior.std * scale))
+            parts.append(((posterior.mean - shift) * scale, posterior.std * scale))
             captions += batch.captions
         mean, std = (torch.cat([part[i] for part in parts]).float().cpu().contiguous() for i in (0, 1))
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepdistill.export.pipeline import FACTS_FILE, STOCHASTIC
+from stepdistill.export.pipeline import FACTS_FILE
 
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _usage(
     facts: Mapping[str, Any],
     lora: Mapping[str, Any] | None,
 ) -> str:
-    call = f"num_inference_steps={len(spec.timesteps)}, guidance_scale={spec.guidance_scale:g}" if spec else ""
+    call = _call(spec, facts) if spec else ""
     given = '"a red circle above a blue square"' if _takes_text(facts) else "class_labels=[0]"
     image = f"image = pipe({', '.join(p for p in (given, call) if p)}).images[0]"
     text = f"""## Usage
@@ -152,12 +152,25 @@ pipe = DiffusionPipeline.from_pretrained("{PIPELINE_FOLDER}")
 ```"""
     if spec is not None:
         text += f"\n\nThe schedule is in the folder. Always pass `{call}`: other values are defaults for the teacher."
-    if spec is not None and not _takes_text(facts) and len(spec.timesteps) > 1:
+    if spec is not None and spec.embeds_guidance:
+        text += (
+            "\n\nThe guidance scale is an input of this network: every scale that it was trained with costs one call "
+            "of it a step, 1 means no guidance, and negative prompts do nothing."
+        )
+    unseeded = not _takes_text(facts) or facts.get("scheduler") == "FlowMatchLCMScheduler"
+    if spec is not None and unseeded and len(spec.timesteps) > 1:
         text += (
             "\n\nFor reproducible images call `torch.manual_seed(seed)` first: this pipeline uses its `generator` for "
             "the starting noise alone."
         )
     return text if lora is None else f"{text}\n\n{_lora_usage(recipe, lora, image)}"
+
+
+def _call(spec: InferenceSpec, facts: Mapping[str, Any]) -> str:
+    call = f"num_inference_steps={len(spec.timesteps)}, guidance_scale={spec.guidance_scale:g}"
+    # Other schedulers do not know eta, and DiTPipeline, which takes no text, does not either.
+    passes_eta = spec.eta and facts.get("scheduler") == "TCDScheduler" and _takes_text(facts)
+    return f"{call}, eta={spec.eta:g}" if passes_eta else call
 
 
 def _lora_usage(recipe: Mapping[str, Any], lora: Mapping[str, Any], image: str) -> str:
@@ -191,12 +204,15 @@ def _measured(report: Any | None) -> str:
 def _other_programs(spec: InferenceSpec | None, facts: Mapping[str, Any]) -> str:
     if spec is None or not _takes_text(facts):
         return ""
-    sampler = "lcm" if spec.sampler == STOCHASTIC else "euler"
+    if spec.embeds_guidance:
+        return "## Other programs\n\nOnly those that hand the guidance scale to the network, as Diffusers does."
+    sampler = {"stochastic": "`lcm`", "deterministic": "`euler`", "tcd": f"`tcd` with eta {spec.eta:g}"}[spec.sampler]
+    timesteps = ", ".join(f"{t:g}" for t in facts.get("timesteps", spec.timesteps))
     sigmas = ", ".join(f"{sigma:.4f}" for sigma in facts.get("sigmas", ()))
     return f"""## Other programs
 
-Sampler `{sampler}`, schedule `sgm_uniform`, {len(spec.timesteps)} steps, CFG 1. If the schedule is entered by hand
-(or if a picture looks noisy, check it first): timesteps {", ".join(map(str, spec.timesteps))}, that is
+Sampler {sampler}, schedule `sgm_uniform`, {len(spec.timesteps)} steps, CFG 1. If the schedule is entered by hand
+(or if a picture looks noisy, check it first): timesteps {timesteps}, that is
 sigmas {f"{sigmas}, " if sigmas else ""}0."""
 
 

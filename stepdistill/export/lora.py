@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
-from stepdistill.export.pipeline import atomic_folder, student_scheduler, write_facts
+from stepdistill.export.pipeline import atomic_folder, write_facts
+from stepdistill.export.schedulers import family_scheduler
 
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def export_lora(
             "the exported pipeline holds the merged weights"
         )
     layers = fold_alpha(lora_state, rank=rank, alpha=alpha)
-    scheduler = pipeline.scheduler if spec is None else student_scheduler(pipeline.scheduler.config, spec)
+    scheduler = pipeline.scheduler if spec is None else family_scheduler(family, spec)
     with atomic_folder(folder, marker=LORA_FILE) as new:
         type(pipeline).save_lora_weights(
             new, weight_name=LORA_FILE, safe_serialization=True, **{f"{family.network_component}_lora_layers": layers}

@@ -38,6 +38,8 @@ if "prompt" in accepted:
     call["prompt"] = job["prompts"]
 else:
     call["class_labels"] = [int(p) if p.isdigit() else pipe.get_label_ids([p])[0] for p in job["prompts"]]
+if "eta" in accepted:
+    call["eta"] = job["eta"]
 if job["latents"]:
     call["latents"] = load_file(job["latents"])["latents"]
 torch.manual_seed(job["seed"])
@@ -57,8 +59,9 @@ class ImageRequest:
         guidance_scale: 1 for a distilled student.
         latents: (B, C, h, w) unit-variance starting noise. None lets the pipeline draw it first from the generator,
             which is the only way for DiTPipeline.
-        seed: of the CPU generator that the pipeline is given, and of torch's own, from which DiTPipeline draws the
-            noise between steps.
+        seed: of the CPU generator that the pipeline is given, and of torch's own, from which DiTPipeline and
+            flow-matching pipelines draw the noise between steps.
+        eta: share of fresh noise between steps, for pipelines with such an argument and the sampler tcd.
     """
 
     prompts: Sequence[str]
@@ -66,6 +69,7 @@ class ImageRequest:
     guidance_scale: float = 1.0
     latents: Tensor | None = None
     seed: int = 0
+    eta: float = 0.0
 
 
 class ExportMismatchError(RuntimeError):
@@ -109,6 +113,7 @@ def verify_export(
             "guidance_scale": request.guidance_scale,
             "latents": str(latents) if request.latents is not None else None,
             "seed": request.seed,
+            "eta": request.eta,
             "output": str(place / "images.safetensors"),
         }
         if request.latents is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # pipeline class => where its family lives; an explicit table, so that nothing registers itself at import
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "stepdistill.families.sd:StableDiffusion",
+    "StableDiffusion3Pipeline": "stepdistill.families.sd3:StableDiffusion3",
     "DiTPipeline": "stepdistill.families.dit:DiT",
 }
 

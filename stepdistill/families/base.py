@@ -35,6 +35,9 @@ class ModelFamily(ABC):
         supports_lora_loading: whether the stock pipeline has `load_lora_weights`.
         takes_latents: whether the stock pipeline has a `latents` argument.
         scales_noise: whether the stock pipeline multiplies its noise by what the scheduler asks for.
+        takes_eta: whether the stock pipeline has an argument `eta` and hands it to its scheduler.
+        guidance_weight: the parameter of a network that takes a guidance scale as an input and of no other; None: the
+            architecture has no such input.
     """
 
     name: ClassVar[str]
@@ -44,6 +47,8 @@ class ModelFamily(ABC):
     supports_lora_loading: ClassVar[bool] = True
     takes_latents: ClassVar[bool] = True
     scales_noise: ClassVar[bool] = True
+    takes_eta: ClassVar[bool] = True
+    guidance_weight: ClassVar[str | None] = None
 
     def __init__(self, pipeline: Any, path: str) -> None:
         self.pipeline = pipeline
@@ -76,10 +81,18 @@ class ModelFamily(ABC):
         """Where the teacher lives."""
         return next(self.network().parameters()).device
 
-    def plain_network(self) -> nn.Module:
-        """A fresh network of the teacher's shape, on the teacher's device, to be filled with a state."""
+    def plain_network(self, *, embeds_guidance: bool = False) -> nn.Module:
+        """A fresh network of the teacher's shape, on the teacher's device, to be filled with a state.
+
+        Args:
+            embeds_guidance: it takes a guidance scale as an input, whether the teacher does or not.
+
+        Raises:
+            UserError: networks of this architecture cannot.
+        """
         network: Any = self.network()
-        fresh: nn.Module = type(network).from_config(network.config)
+        options = self.guidance_options() if embeds_guidance else {}
+        fresh: nn.Module = type(network).from_config(network.config, **options)
         dtype = next(network.parameters()).dtype
         if next(fresh.parameters()).dtype != dtype:  # Diffusers warns about every cast, also one that changes nothing
             fresh.to(dtype)
@@ -105,6 +118,15 @@ class ModelFamily(ABC):
     def text_modules(self) -> dict[str, nn.Module]:
         """The modules whose weights determine `encode_prompts`, by component name."""
 
+    def guidance_options(self) -> dict[str, Any]:
+        """What the configuration of a network says that takes a guidance scale as an input.
+
+        Raises:
+            UserError: networks of this architecture cannot.
+        """
+        raise UserError(f"the network of {self.pipeline_class} cannot take a guidance scale as an input; set the "
+                        "objective's embed_guidance: false, which trains for one scale")  # fmt: skip
+
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latent for square images of `size` pixels; None: the teacher's own size."""
         config = self.network_config
@@ -121,17 +143,22 @@ class ModelFamily(ABC):
         """Pixels per latent pixel."""
         return int(2 ** (len(self.pipeline.vae.config.block_out_channels) - 1))
 
+    @property
+    def latent_shift(self) -> float:
+        """What the stock pipeline adds to a latent, after undoing its scaling, before it is decoded."""
+        return 0.0
+
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] => scaled latents, a draw from the posterior, as Stable Diffusion was trained."""
         vae = self.pipeline.vae
         latents: Tensor = vae.encode(images.to(self.device, vae.dtype)).latent_dist.sample()
-        return latents * float(vae.config.scaling_factor)
+        return (latents - self.latent_shift) * float(vae.config.scaling_factor)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents => images (B, 3, H, W) in [0, 1]."""
         vae = self.pipeline.vae
-        images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + self.latent_shift).sample
         return (images / 2 + 0.5).clamp(0, 1)
 
 

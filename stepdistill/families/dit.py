@@ -22,6 +22,7 @@ class DiT(ModelFamily):
     supports_lora_loading = False  # the stock pipeline has no LoRA loader: students are exported merged
     takes_latents = False
     scales_noise = False
+    takes_eta = False
 
     @property
     def feature_layers(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,16 @@ from stepdistill.condition import Condition
 from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
 
 
+GUIDANCE_CHANNELS = 256  # of the embedded guidance scale, as in the code of LCM (arXiv 2310.04378)
+
+
 class StableDiffusion(ModelFamily):
     """Text-to-image UNets of the `StableDiffusionPipeline`; the null condition is the empty prompt."""
 
     name = "sd"
     pipeline_class = "StableDiffusionPipeline"
     network_component = "unet"
+    guidance_weight: ClassVar[str] = "time_embedding.cond_proj.weight"
     # DMD2 (arXiv 2405.14867) adapts these layers in its LoRA runs; attention alone cannot change what is drawn where.
     lora_targets = (*ATTENTION_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
                     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
@@ -26,10 +31,19 @@ class StableDiffusion(ModelFamily):
         return ("mid_block",)  # the bottleneck, as DMD2's code does
 
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
+        scale = condition.tensors.get("guidance")
+        embedded = None
+        if scale is not None:
+            channels = network.get_parameter(self.guidance_weight).shape[1]
+            embedded = guidance_embedding(scale, channels).to(x_t.dtype)
         output: Tensor = network(
-            x_t, model_time, encoder_hidden_states=condition.tensors["prompt_embeds"], return_dict=False
-        )[0]
+            x_t, model_time, encoder_hidden_states=condition.tensors["prompt_embeds"], timestep_cond=embedded,
+            return_dict=False,
+        )[0]  # fmt: skip
         return output
+
+    def guidance_options(self) -> dict[str, Any]:
+        return {"time_cond_proj_dim": self.network_config.time_cond_proj_dim or GUIDANCE_CHANNELS}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
@@ -42,3 +56,16 @@ class StableDiffusion(ModelFamily):
 
     def text_modules(self) -> dict[str, nn.Module]:
         return {"text_encoder": self.pipeline.text_encoder}
+
+
+def guidance_embedding(scale: Tensor, channels: int) -> Tensor:
+    """Guidance scales (B,) => (B, channels), float32: sines and cosines of 1000 (scale - 1); arXiv 2210.03142.
+
+    Arithmetic and rounding of StableDiffusionPipeline's `get_guidance_scale_embedding`, which is given scale - 1 and
+    computes on the CPU alone; float64 scales come out with the same bits there.
+    """
+    w = 1000.0 * (scale.double() - 1).float()
+    spacing = torch.log(torch.tensor(10000.0)) / (channels // 2 - 1)
+    frequencies = torch.exp(torch.arange(channels // 2, dtype=torch.float32, device=w.device) * -spacing)
+    angles = w[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from stepdistill.errors import UserError
 
@@ -21,6 +23,18 @@ OBJECTIVES: dict[str, str] = {
     "esd": "stepdistill.objectives.esd:ESD",
     "disback": "stepdistill.objectives.disback:DisBack",
     "clip": "stepdistill.objectives.clip:Clip",
+    "consistency": "stepdistill.objectives.consistency:Consistency",
+    "lcm": "stepdistill.objectives.lcm:LCM",
+    "pcm": "stepdistill.objectives.pcm:PCM",
+    "tcd": "stepdistill.objectives.tcd:TCD",
+    "tscd": "stepdistill.objectives.tscd:TSCD",
+    "reward": "stepdistill.objectives.reward:RewardFeedback",
+    "scm": "stepdistill.objectives.scm:SCM",
+    "sprint": "stepdistill.objectives.sprint:Sprint",
+    "progressive": "stepdistill.objectives.progressive:Progressive",
+    "lightning": "stepdistill.objectives.lightning:Lightning",
+    "ladd": "stepdistill.objectives.ladd:LADD",
+    "add": "stepdistill.objectives.add:ADD",
     "sum": "stepdistill.objectives.weighted_sum:WeightedSum",
 }
 ENTRY_POINT_GROUP = "stepdistill.objectives"
@@ -44,15 +58,22 @@ def resolve(name: str) -> type:
     Raises:
         UserError: nothing of that name; names the nearest one.
     """
-    table = known_objectives()
-    place = table.get(name, name)
-    module, colon, attribute = place.partition(":")
+    found: type = find(name, known_objectives(), "objective")
+    return found
+
+
+def find(name: str, table: Mapping[str, str], what: str) -> Any:
+    """What lies at the place that a table has for a name, or at a name that is itself "package.module:attribute".
+
+    Raises:
+        UserError: nothing of that name; names the nearest one.
+    """
+    module, colon, attribute = table.get(name, name).partition(":")
     if not colon:
         near = get_close_matches(name, table, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(table))}"
-        raise UserError(f"unknown objective {name!r}; {hint} (or give 'package.module:Class')")
+        raise UserError(f"unknown {what} {name!r}; {hint} (or give 'package.module:Class')")
     try:
-        found: type = getattr(import_module(module), attribute)
+        return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"objective {name!r} could not be imported: {error}") from error
-    return found
+        raise UserError(f"{what} {name!r} could not be imported: {error}") from error

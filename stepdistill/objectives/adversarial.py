@@ -16,7 +16,7 @@ from stepdistill.discriminator import Game, discriminator_loss, generator_loss
 from stepdistill.losses import value_with_gradient
 from stepdistill.objectives.base import Batch
 from stepdistill.prediction import add_noise
-from stepdistill.times import uniform_times
+from stepdistill.times import log_noise_times, uniform_times
 
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Adversary:
         r1_weight: of the approximate R1 term, relative to the classification term.
         r1_std: standard deviation of its perturbation of the clean samples.
         shared_noise: whether real and generated samples are seen at the same times and through the same noise.
+        log_noise: mean and deviation of a normal density of log(sigma / alpha) at which they are seen; for a flow that
+            is the logit-normal density of its noise level. None: uniform times.
     """
 
     game: Game = "non_saturating"
@@ -40,6 +42,7 @@ class Adversary:
     r1_weight: float = 0.0
     r1_std: float = 0.1
     shared_noise: bool = False
+    log_noise: tuple[float, float] | None = None
 
     @property
     def student_needs_images(self) -> bool:
@@ -94,8 +97,14 @@ class Adversary:
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Clean samples => logits (B, L) at a random time, and that time with its noise."""
         if at is None:
-            t = uniform_times(denoiser.schedule, len(x0), low=0.0, high=1.0, device=x0.device)
-            at = t, torch.randn_like(x0)
+            at = self._times(denoiser, x0), torch.randn_like(x0)
         t, eps = at
         head = cast.head("discriminator")
         return head(denoiser, add_noise(denoiser.schedule, x0, t, eps), t, batch.condition), at
+
+    def _times(self, denoiser: Denoiser, x0: Tensor) -> Tensor:
+        """Where the samples are seen, (B,)."""
+        if self.log_noise is None:
+            return uniform_times(denoiser.schedule, len(x0), low=0.0, high=1.0, device=x0.device)
+        mean, std = self.log_noise
+        return log_noise_times(denoiser.schedule, len(x0), mean=mean, std=std, device=x0.device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.condition import Condition
+from stepdistill.errors import UserError
 from stepdistill.sampling import Sampler
 
 
@@ -29,7 +30,14 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Trained:
-    """A role that is trained; the recipe decides whether as a full copy of the teacher or as adapters on it."""
+    """A role that is trained; the recipe decides whether as a full copy of the teacher or as adapters on it.
+
+    Attributes:
+        embeds_guidance: whether its network takes a guidance scale as an input, the tensor "guidance" (B,) of its
+            condition (`Condition.with_guidance`). Only a full copy can: the teacher has no such layer.
+    """
+
+    embeds_guidance: bool = False
 
 
 FeatureShape = tuple[int, ...]  # of one sample's feature: (C, H, W) of a UNet's block, (N, C) of a transformer's
@@ -50,7 +58,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A role that no optimiser touches: weights of the same kind as another role's, written by `Cast.copy`.
+    """A role that no optimiser touches: weights of the same kind as another role's, which it starts with.
+
+    Afterwards `Cast.copy`, `Cast.blend` and `Cast.fetch` write them.
 
     Attributes:
         like: the trained role whose weights it can hold.
@@ -152,20 +162,36 @@ class InferenceSpec:
     """How the finished student is to be called.
 
     Attributes:
-        timesteps: the Diffusers indices that the student is told, falling, e.g. (999,) or (999, 749, 499, 249).
-        sampler: "stochastic" (begins with unit noise; clean prediction, then fresh noise: Diffusers' LCMScheduler) or
-            "deterministic" (begins with sigma times the noise; goes on with the predicted noise: Euler).
+        timesteps: where the student is called, as indices of training timesteps, falling, e.g. (999,) or
+            (999, 749, 499, 249). Index i of n lies at t = (i + 1) / n, for flow-matching teachers too: 999 of 1000 is
+            pure noise for all of them.
+        sampler: "stochastic" (begins with unit noise; clean prediction, then fresh noise: Diffusers' LCMScheduler),
+            "deterministic" (begins with sigma times the noise; goes on with the predicted noise: Euler) or "tcd"
+            (begins with unit noise; goes on with both: TCDScheduler).
         guidance_scale: what the user passes; 1 means no guidance, hence one network call a step.
+        eta: share of fresh noise between steps, 0 to 1, of the sampler "tcd" alone; the user passes it too.
+        embeds_guidance: whether the scale is an input of the network: one call a step at any scale.
     """
 
     timesteps: tuple[int, ...]
     sampler: Sampler = "stochastic"
     guidance_scale: float = 1.0
+    eta: float = 0.0
+    embeds_guidance: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1 or (self.eta and self.sampler != "tcd"):
+            raise UserError(f"eta is a number from 0 to 1 for the sampler tcd and 0 for others, got {self.eta:g} with "
+                            f"{self.sampler}")  # fmt: skip
 
     @property
     def num_steps(self) -> int:
         """How many times the network is called."""
         return len(self.timesteps)
+
+    def told(self, condition: Condition) -> Condition:
+        """What the student is called with: the condition, and the guidance scale where it is an input."""
+        return condition.with_guidance(self.guidance_scale) if self.embeds_guidance else condition
 
 
 class Objective(Protocol):

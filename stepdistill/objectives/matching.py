@@ -28,7 +28,12 @@ def draw_guidance(guidance: Guidance, step: Step) -> float:
 
 
 def rollout(
-    student: Denoiser, batch: Batch, timesteps: tuple[int, ...], step: Step, sampler: Sampler = "stochastic"
+    student: Denoiser,
+    batch: Batch,
+    timesteps: tuple[int, ...],
+    step: Step,
+    sampler: Sampler = "stochastic",
+    eta: float = 0.0,
 ) -> Tensor:
     """A sample of the student as it will be used, (B, C, H, W): backward simulation, DMD2 (2405.14867) section 4.5.
 
@@ -37,18 +42,20 @@ def rollout(
     samples get the same one, graph included.
     """
     if batch.samples is None:
-        return _rollout(student, batch, timesteps, step, sampler)
-    key = student.weights, timesteps, sampler, torch.is_grad_enabled(), id(batch.condition)
+        return _rollout(student, batch, timesteps, step, sampler, eta)
+    key = student.weights, timesteps, sampler, eta, torch.is_grad_enabled(), id(batch.condition)
     if key not in batch.samples:  # the condition is kept too, since its id tells it apart only for as long as it lives
-        batch.samples[key] = batch.condition, _rollout(student, batch, timesteps, step, sampler)
+        batch.samples[key] = batch.condition, _rollout(student, batch, timesteps, step, sampler, eta)
     return batch.samples[key][1]
 
 
-def _rollout(student: Denoiser, batch: Batch, timesteps: tuple[int, ...], step: Step, sampler: Sampler) -> Tensor:
+def _rollout(
+    student: Denoiser, batch: Batch, timesteps: tuple[int, ...], step: Step, sampler: Sampler, eta: float
+) -> Tensor:
     times = grid(student.schedule, timesteps, batch.device)
     last = step.shared("rollout").randrange(len(timesteps))
     with torch.no_grad():
-        x = approach(student, batch.noise(), times[: last + 1], batch.condition, sampler)
+        x = approach(student, batch.noise(), times[: last + 1], batch.condition, sampler, eta)
     return student(x, times[last].expand(len(x)), batch.condition).x0
 
 

@@ -53,9 +53,11 @@ class WeightedSum:
 
     Attributes:
         parts: the objectives with their weights.
+        called_as: the part, by its name, that says how the finished student is called; by default all have to agree.
     """
 
     parts: tuple[Annotated[Part, options_of(Part)], ...]
+    called_as: str | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -64,6 +66,8 @@ class WeightedSum:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise UserError(f"two parts are called {twice[0]!r}; give them a label each")
+        if self.called_as is not None and self.called_as not in names:
+            raise UserError(f"called_as {self.called_as!r} is no part; the parts are {', '.join(names)}")
         # What does not fit together is told before anything is loaded.
         self.roles()
         self.phases(0)
@@ -95,13 +99,14 @@ class WeightedSum:
             part.objective.after_step(cast, step)
 
     def inference(self) -> InferenceSpec | None:
-        first, *others = self.parts
+        first, *others = [part for part in self.parts if self.called_as in (None, part.name)]
         spec = first.objective.inference()
         for part in others:
             other = part.objective.inference()
             if other != spec:
                 raise UserError(f"parts {first.name!r} and {part.name!r} call the student differently ({spec} and "
-                                f"{other}); give both the same timesteps and sampler")  # fmt: skip
+                                f"{other}); give both the same timesteps and sampler, or name one of them with "
+                                "called_as")  # fmt: skip
         return spec
 
 

@@ -20,7 +20,6 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -35,7 +34,8 @@ from stepdistill.errors import UserError
 from stepdistill.export import verify
 from stepdistill.export.card import markdown_table, write_card
 from stepdistill.export.lora import difference_lora, export_lora, fold_alpha
-from stepdistill.export.pipeline import atomic_folder, export_pipeline, student_scheduler
+from stepdistill.export.pipeline import atomic_folder, export_pipeline
+from stepdistill.export.schedulers import student_scheduler
 from stepdistill.export.verify import ExportMismatchError, ImageRequest, verify_export
 from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
@@ -374,8 +374,8 @@ def test_a_schedule_without_a_stock_encoding_is_refused_with_a_remedy(spec, mess
 
 
 def test_teachers_without_a_usable_table_are_refused():
-    with pytest.raises(UserError, match="flow-matching"):
-        student_scheduler(FlowMatchEulerDiscreteScheduler().config, ONE)
+    with pytest.raises(UserError, match="no flow-matching scheduler and has no table of betas"):
+        student_scheduler({"_class_name": "AmusedScheduler"}, ONE)
     zero_snr = DDIMScheduler(**BETAS, rescale_betas_zero_snr=True)
     with pytest.raises(UserError, match="zero terminal SNR"):
         student_scheduler(zero_snr.config, ONE)
@@ -614,6 +614,16 @@ def test_the_cards_snippet_runs_as_it_stands(exports, tmp_path, monkeypatch):
     exec(snippet, names)
     assert names["image"].size == (16, 16)
     assert "load_lora_weights" not in text
+
+
+def test_the_card_passes_eta_where_the_scheduler_takes_it(run_folder):
+    spec = InferenceSpec((999, 499), "tcd", eta=0.3)
+    for scheduler, passed in (("TCDScheduler", True), ("FlowMatchLCMScheduler", False)):
+        facts = {"pipeline": "StableDiffusionPipeline", "scheduler": scheduler, "sigmas": [14.6, 1.6]}
+        (run_folder / "pipeline" / "distillation_config.json").write_text(json.dumps(facts))
+        text = write_card(run_folder, recipe={"teacher": "owner/model"}, spec=spec).read_text()
+        assert ("num_inference_steps=2, guidance_scale=1, eta=0.3)" in text) == passed
+        assert ("torch.manual_seed(seed)" in text) != passed, "flow pipelines draw noise from torch's own generator"
 
 
 def test_a_local_teacher_is_no_base_model_for_the_hub(run_folder):

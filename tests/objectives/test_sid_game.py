@@ -18,7 +18,8 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights
 from stepdistill.discriminator import ChannelMean
 from stepdistill.errors import UserError
-from stepdistill.export.pipeline import export_pipeline, student_scheduler
+from stepdistill.export.pipeline import export_pipeline
+from stepdistill.export.schedulers import student_scheduler
 from stepdistill.families.base import ModelFamily
 from stepdistill.finish import NOISE_SEED, in_memory
 from stepdistill.objectives.base import Phase, Step

@@ -15,7 +15,8 @@ from stepdistill.condition import Condition
 from stepdistill.data.cache import EncodedOnTheFly
 from stepdistill.data.prompts import PromptSet
 from stepdistill.denoiser import Denoiser, OwnWeights
-from stepdistill.export.pipeline import export_pipeline, student_scheduler
+from stepdistill.export.pipeline import export_pipeline
+from stepdistill.export.schedulers import student_scheduler
 from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.adversarial import Adversary

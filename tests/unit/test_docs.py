@@ -34,6 +34,8 @@ PENDING = re.compile(r"<!-- pending results:([\w.-]+) -->\n")
 TESTED_CELLS = [
     ("sd", "denoising", {}), ("sd", "vsd", {}), ("sd", "dmd2", {}),
     ("sd", "dmd2", {"timesteps": [999, 749, 499, 249]}),
+    ("sd3", "denoising", {}), ("sd3", "vsd", {}), ("sd3", "dmd2", {}),
+    ("sd3", "dmd2", {"timesteps": [999, 749, 499, 249]}),
     ("dit", "denoising", {}), ("dit", "vsd", {}), ("dit", "dmd2", {}),
     ("dit", "dmd2", {"timesteps": [999, 749, 499, 249]}),
 ]  # fmt: skip
@@ -195,7 +197,7 @@ def test_the_matrix_marks_as_tested_what_is_tested_here() -> None:
 
 @pytest.mark.parametrize(("family", "objective", "options"), TESTED_CELLS)
 def test_a_family_trains_with_an_objective(
-    family: str, objective: str, options: dict[str, Any], sd_folder: str, dit_folder: str, tmp_path: Path
+    family: str, objective: str, options: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("1\n3\n")  # texts to the one, class numbers to the other
     (tmp_path / "images").mkdir()
@@ -203,7 +205,7 @@ def test_a_family_trains_with_an_objective(
     (tmp_path / "images" / "a.txt").write_text("3")
     content = {
         "name": "tiny", "output": str(tmp_path / "run"), "device": "cpu",
-        "teacher": sd_folder if family == "sd" else dit_folder,
+        "teacher": request.getfixturevalue(f"{family}_folder"),
         "data": {"prompts": str(tmp_path / "prompts.txt"), "images": str(tmp_path / "images"), "size": 16},
         "stages": [{"objective": {"name": objective, **options}, "steps": 1, "batch_size": 2}],
         "previews": None, "health": {"prompts": 1, "teacher_steps": 2},

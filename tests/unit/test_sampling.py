@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights
-from stepdistill.sampling import ddim, ddim_step, stochastic
+from stepdistill.errors import UserError
+from stepdistill.objectives.base import InferenceSpec
+from stepdistill.prediction import add_more_noise
+from stepdistill.sampling import approach, ddim, ddim_step, few_steps, stochastic, student_samples, tcd_step
 from stepdistill.schedule import FlowSchedule, NoiseSchedule, TrigFlowSchedule, from_scheduler_config
 from stepdistill.times import grid
 from tests.oracles.oracle import gaussian, label
@@ -157,3 +160,105 @@ def test_a_guidance_scale_per_row_guides_every_row_by_its_own() -> None:
     said = view.guided(noise(), t, conditions(1.0), conditions(-1.0), scales)
     expected = 0.1 * noise() + (-1.0 + scales * 2.0).double().reshape(-1, 1, 1, 1)
     torch.testing.assert_close(said.native, expected, rtol=0, atol=1e-12)
+
+
+# ---- more noise, and TCD's sampler ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [SD, FlowSchedule(3.0), TrigFlowSchedule()], ids=["vp", "flow", "trig"])
+def test_more_noise_turns_the_law_at_one_time_into_the_law_at_a_later_one(schedule: NoiseSchedule) -> None:
+    """Mean alpha_s m becomes alpha_t m, variance alpha_s^2 S^2 + sigma_s^2 becomes the same at t."""
+    s, t = (torch.full((1,), v, dtype=torch.float64) for v in (0.3, 0.8))
+    one, none = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    ratio, fresh = (add_more_noise(schedule, *pair) for pair in ((one, s, t, none), (none, s, t, one)))
+    torch.testing.assert_close(ratio[0] * schedule.alpha(s), schedule.alpha(t), rtol=1e-12, atol=0)
+    variances = [schedule.alpha(v) ** 2 * S**2 + schedule.sigma(v) ** 2 for v in (s, t)]
+    torch.testing.assert_close(ratio[0] ** 2 * variances[0] + fresh[0] ** 2, variances[1], rtol=1e-12, atol=0)
+    assert torch.equal(add_more_noise(schedule, one, t, t, one), one), "no time, no noise"
+
+
+def test_more_noise_on_clean_data_is_noise_as_usual() -> None:
+    x0, eps, t = noise(), noise().flip(0), torch.full((COUNT,), 0.6, dtype=torch.float64)
+    made = add_more_noise(SD, x0, torch.zeros(COUNT), t, eps)
+    torch.testing.assert_close(made, SD.alpha(t[0]) * x0 + SD.sigma(t[0]) * eps, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [SD, FlowSchedule(3.0)], ids=["vp", "flow"])
+def test_tcd_lies_between_the_deterministic_and_the_stochastic_sampler(schedule: NoiseSchedule) -> None:
+    student, times = gaussian(label, S, schedule), grid(schedule, (949, 749, 499, 249), torch.device("cpu"))
+    still = few_steps(student, noise(), times, conditions(M), "tcd", 0.0)
+    expected = ddim(student, noise(), times, conditions(M), null=conditions(0.0), guidance=1.0)
+    torch.testing.assert_close(still, expected, rtol=0, atol=1e-12)
+    torch.manual_seed(0)
+    fresh = few_steps(student, noise(), times, conditions(M), "tcd", 1.0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(fresh, stochastic(student, noise(), times, conditions(M)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [SD, FlowSchedule()], ids=["vp", "flow"])
+@pytest.mark.parametrize("eta", [0.3, 0.7])
+def test_a_tcd_step_has_the_moments_of_its_two_halves(schedule: NoiseSchedule, eta: float) -> None:
+    """On a Gaussian teacher the way down is affine with the DDIM slope, and the way up adds what is missing."""
+    t, there = (torch.full((1,), v, dtype=torch.float64) for v in (0.9, 0.5))
+    # of a table of 1000, index 499 is 0.5, and the index below it is floor((1 - eta) 499)
+    low = (int((1 - eta) * 499) + 1) / 1000 if schedule is SD else (1 - eta) * 0.5
+    s = torch.full((1,), low, dtype=torch.float64)
+
+    def level(v: Tensor) -> tuple[float, float]:
+        return float(schedule.alpha(v)), float(schedule.sigma(v))
+
+    (a_t, s_t), (a_s, s_s), (a_n, s_n) = level(t), level(s), level(there)
+    v_t = a_t**2 * S**2 + s_t**2
+    down = (a_s * a_t * S**2 + s_s * s_t) / v_t
+    fresh = s_n**2 - (a_n / a_s * s_s) ** 2
+    count = 200_000
+    torch.manual_seed(0)
+    x_t = a_t * M + v_t**0.5 * torch.randn(count, 1, 1, 1, dtype=torch.float64)
+    condition = Condition({"label": torch.full((count,), M, dtype=torch.float64)})
+    said = gaussian(label, S, schedule)(x_t, t.expand(count), condition)
+    made = tcd_step(gaussian(label, S, schedule), said, there.expand(count), eta)
+    variance = (a_n / a_s * down) ** 2 * v_t + fresh
+    assert made.mean().item() == pytest.approx(a_n * M, abs=4 * (variance / count) ** 0.5)
+    assert made.var().item() == pytest.approx(variance, rel=4 * (2 / count) ** 0.5)
+    # The exact map would have the right variance for every eta; one DDIM step loses some.
+    assert variance < a_n**2 * S**2 + s_n**2
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9])
+def test_tcd_rounds_timesteps_as_the_stock_scheduler_does(eta: float) -> None:
+    index = torch.arange(1, 1000)
+    expected = torch.floor((1 - eta) * index).long()  # TCDScheduler's own expression
+    student, _ = recording()
+    t = SD.t_from_model_time(index.double())
+    x = torch.zeros(len(index), 1, 1, 1, dtype=torch.float64)
+    said = student(x, torch.ones(len(index)), Condition({"label": torch.ones(len(index), dtype=torch.float64)}))
+    torch.manual_seed(0)
+    made = tcd_step(student, said, t, eta)
+    torch.manual_seed(0)
+    eps = torch.randn_like(x)
+    s = torch.where(expected > 0, SD.t_from_model_time(expected), 0.0)
+    torch.testing.assert_close(made, add_more_noise(SD, ddim_step(student, said, s), s, t, eps), rtol=0, atol=1e-12)
+
+
+def test_only_the_deterministic_sampler_begins_with_scaled_noise() -> None:
+    first = grid(SD, (999,), torch.device("cpu"))
+    for sampler in ("stochastic", "tcd", "deterministic"):
+        begun = approach(recording()[0], noise(), first, conditions(0.0), sampler, 0.0)
+        scale = SD.sigma(first) if sampler == "deterministic" else 1.0
+        torch.testing.assert_close(begun, scale * noise(), rtol=0, atol=1e-12)
+
+
+def test_a_finished_student_is_sampled_as_its_spec_says() -> None:
+    spec = InferenceSpec((999, 499), "tcd", eta=0.4)
+    student = gaussian(label, S, SD)
+    torch.manual_seed(0)
+    made = student_samples(student, noise(), conditions(M), spec)
+    torch.manual_seed(0)
+    expected = few_steps(student, noise(), grid(SD, (999, 499), torch.device("cpu")), conditions(M), "tcd", 0.4)
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("tcd", 1.1), ("tcd", -0.1), ("stochastic", 0.3)])
+def test_an_eta_that_means_nothing_is_refused(sampler: Any, eta: float) -> None:
+    with pytest.raises(UserError, match=f"eta is a number from 0 to 1 for the sampler tcd.* got {eta:g}"):
+        InferenceSpec((999,), sampler, eta=eta)

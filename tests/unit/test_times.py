@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stepdistill.errors import UserError
 from stepdistill.schedule import FlowSchedule, from_scheduler_config
 from stepdistill.times import grid, uniform_times
 
@@ -47,4 +48,15 @@ def test_a_grid_is_the_times_of_diffusers_indices() -> None:
     times = grid(SD, (999, 749, 499, 249), CPU)
     assert times.tolist() == [1.0, 0.75, 0.5, 0.25]
     assert SD.model_time(times).tolist() == [999, 749, 499, 249]
-    assert FlowSchedule(3.0).model_time(grid(FlowSchedule(3.0), (1000, 750), CPU)).tolist() == [1000, 750]
+
+
+def test_the_last_index_is_pure_noise_of_a_flow_too() -> None:
+    times = grid(FlowSchedule(3.0), (999, 749, 499, 249), CPU)
+    assert times.tolist() == [1.0, 0.75, 0.5, 0.25]
+    assert FlowSchedule(3.0).model_time(times).tolist() == [1000, 900, 750, 500]  # 1000 * 3 t / (1 + 2 t)
+
+
+@pytest.mark.parametrize("index", [1000, -1])
+def test_an_index_that_is_not_in_the_table_is_refused(index: int) -> None:
+    with pytest.raises(UserError, match=f"timestep {index} is none of this teacher's: they go from 0 to 999"):
+        grid(FlowSchedule(), (index,), CPU)

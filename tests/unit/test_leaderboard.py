@@ -1,0 +1,72 @@
+"""The leaderboard script: what it counts, what it runs, and in which order it shows what it found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from benchmarks import objectives
+from stepdistill.recipe import build_objective
+
+
+def test_a_pass_costs_by_what_it_carries() -> None:
+    network, x = nn.Linear(2, 2), torch.zeros(5, 2)
+    with objectives.counting(nn.Linear) as counter, torch.no_grad():
+        network(x)
+    assert counter.passes == 5
+    with objectives.counting(nn.Linear) as counter:
+        network(x)
+    assert counter.passes == 3 * 5, "its parameters ask for a gradient"
+    with objectives.counting(nn.Linear) as counter, torch.no_grad(), forward_ad.dual_level():
+        network(forward_ad.make_dual(x, x))
+    assert counter.passes == 2 * 5
+    with objectives.counting(nn.Conv2d) as counter:
+        network(x)
+    assert counter.passes == 0
+
+
+@pytest.mark.parametrize("name", objectives.CELLS)
+def test_every_cell_is_a_recipe_of_a_few_step_student(name: str) -> None:
+    recipe = objectives.recipe_of(name, (), objectives.parsed([]))
+    spec = build_objective(recipe.stages[-1].objective, recipe.source).inference()
+    assert recipe.export.pipeline
+    assert spec is not None
+    assert max(objectives.STEPS.get(name, (0,))) <= spec.num_steps
+
+
+def test_the_command_can_name_one_teacher_for_all() -> None:
+    args = objectives.parsed(["--teacher", "elsewhere"])
+    assert objectives.recipe_of("vsd_1step", (), args).teacher == "elsewhere"
+    assert objectives.recipe_of("vsd_1step", (), objectives.parsed([])).teacher == "assets/shapes/teacher"
+
+
+def test_teachers_come_first_and_then_students_by_calls_and_fid(tmp_path: Path) -> None:
+    cells = {
+        "b": [{"model": "b, 1 step", "nfe": 1, "fid": 4.0}, {"model": "b, 2 steps", "nfe": 2, "fid": 1.0}],
+        "a": [{"model": "a", "nfe": 1, "fid": 5.0}],
+    }
+    for name, rows in cells.items():
+        (tmp_path / name).mkdir()
+        facts = {"seed": 0, "teacher": "t", "passes": 7}
+        (tmp_path / name / "rows.json").write_text(json.dumps([{**row, **facts} for row in rows]))
+    (tmp_path / "z").mkdir()
+    teacher = {"model": "t, 25 guided steps", "nfe": 50, "fid": 2.0, "seed": 0, "teacher": "t"}
+    (tmp_path / "z" / "rows.json").write_text(json.dumps([teacher]))
+    output = tmp_path / "out.json"
+    objectives.collect(argparse.Namespace(work=tmp_path, output=output, device="cpu", passes=7, prompts=1))
+    result = json.loads(output.read_text())
+    assert [row["model"] for row in result["rows"]] == ["t, 25 guided steps", "b, 1 step", "a", "b, 2 steps"]
+    assert result["protocol"]["teacher"] == "t"
+
+
+def test_a_cell_and_a_teacher_have_folders_of_their_own(tmp_path: Path) -> None:
+    args = argparse.Namespace(work=tmp_path)
+    folders = [objectives.folder_of(name, 0, args) for name in ("vsd_1step", "teacher:assets/shapes/flow")]
+    assert [folder.name for folder in folders] == ["vsd_1step-seed0", "teacher-assets-shapes-flow"]
+    assert all(folder.parent == tmp_path for folder in folders)
