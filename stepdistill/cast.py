@@ -98,6 +98,8 @@ class Cast:
         self._heads = {name: self._head(role, seed_of(seed, name), size) for name, role in heads.items()}
         self._names: dict[str, str] = {}
         self.trained = tuple(name for name, role in roles.items() if self._learns(name, role))
+        noting = [name for name, head in self._heads.items() if any(True for _ in head.module.buffers())]
+        self.kept = tuple(dict.fromkeys((*self.trained, *self.recorded, *noting)))  # whose tensors a checkpoint holds
         self.parked: dict[str, dict[str, Tensor]] = {}
         for name, start in (starts or {}).items():
             if name in (*self.trained, *self.recorded):

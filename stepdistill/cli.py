@@ -112,9 +112,11 @@ def train(
 
     try:
         run_training(loaded, resume=resume, console=_console(quiet=quiet))
-    except Interrupted:
-        folder = Path(loaded.output) / "checkpoints"
-        typer.echo(f"interrupted: checkpoint left at {folder}; the same command goes on from it", err=True)
+    except Interrupted as stop:
+        left = "no checkpoint was written, the run was in doubt; the same command goes on from the last good one"
+        if stop.checkpoint is not None:
+            left = f"checkpoint left at {stop.checkpoint}; the same command goes on from it"
+        typer.echo(f"interrupted: {left}", err=True)
         raise
 
 

@@ -39,7 +39,15 @@ NO_CACHE = AutocastKwargs(cache_enabled=False)
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; a checkpoint was written, unless the run was in doubt."""
+    """SIGINT or SIGTERM arrived.
+
+    Attributes:
+        checkpoint: what was written of the last whole iteration; None while the run was in doubt.
+    """
+
+    def __init__(self, number: int, checkpoint: Path | None) -> None:
+        super().__init__(number)
+        self.checkpoint = checkpoint
 
 
 @dataclass(frozen=True)
@@ -141,10 +149,9 @@ class Trainer:
             while self.step < self.settings.steps:
                 self._iterate()
                 self._stop_if_ill()
-                if self._signal is not None or self._saves:
-                    self.save()
+                saved = self.save() if self._signal is not None or self._saves else None
                 if self._signal is not None and self.step < self.settings.steps:
-                    raise Interrupted(self._signal)
+                    raise Interrupted(self._signal, saved)
 
     def save(self) -> Path | None:
         """Writes a checkpoint of the present state (the main process does).
@@ -154,7 +161,7 @@ class Trainer:
         """
         if self.checkpoints is None or not self.accelerator.is_main_process or self._in_doubt:
             return None
-        roles = {name: self.cast.tensors(name) for name in (*self.players, *self.cast.recorded)}
+        roles = {name: self.cast.tensors(name) for name in self.cast.kept}
         roles |= {f"{PARKED}{key}": tensors for key, tensors in self.cast.parked.items()}
         scaler = self.accelerator.scaler
         state = {
@@ -169,7 +176,7 @@ class Trainer:
 
     def resume(self, roles: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
         """Restores what `save` wrote; the next iteration then is bit-identical to an uninterrupted one."""
-        for name in (*self.players, *self.cast.recorded):
+        for name in self.cast.kept:
             copy_into(self.cast.tensors(name), roles.get(name, {}), f"checkpoint of role {name!r}")
         for name, player in self.players.items():
             player.load_state(state["players"][name])
@@ -298,8 +305,7 @@ class Trainer:
         if self.log is not None and self.accelerator.is_main_process:
             line = {"stage": self.settings.stage, "step": self.step, **values,
                     "seconds": self._pace[-1][0], "images_per_second": progress.images_per_second}  # fmt: skip
-            with self.log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            _append(self.log, json.dumps(line) + "\n")
         if self.on_step is not None:
             self.on_step(progress)
 
@@ -319,6 +325,15 @@ class Trainer:
             except ValueError:  # not the main thread: whoever runs us there handles signals himself
                 pass
             yield
+
+
+def _append(log: Path, line: str) -> None:
+    try:
+        with log.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        raise UserError(f"{log} could not be written ({error.strerror}); checkpoints are intact: make room and "
+                        "run the same command again to go on from the last one") from error  # fmt: skip
 
 
 def truncate_log(log: Path, stage: int, step: int) -> None:

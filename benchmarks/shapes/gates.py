@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def measure_vae(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure_clip(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Top-1 retrieval of a caption's own image among 100.
+    """Top-1 retrieval of a caption's own image among 100, and which attributes the evaluator sees at all.
 
     A caption may be true of several of the 100 images: of a twin, even if it names everything but the place, and of
     many if it leaves much open. So beside the gate, which asks for the very image, stands how often the caption is
@@ -99,6 +101,20 @@ def measure_clip(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         facts = {"images": len(cases)}
         yield gate("clip", f"top-1 of {CANDIDATES}, {words}: the very image", sum(same) / len(same), target, **facts)
         yield gate("clip", f"top-1 of {CANDIDATES}, {words}: an image it is true of", sum(true) / len(true), **facts)
+    for attribute in ("shape", "color", "size", "background"):
+        share = siblings_told_apart(evaluator, held_out(args.count, 1.0), attribute)
+        yield gate("clip", f"a scene and its sibling of another {attribute} told apart", share, images=args.count)
+
+
+def siblings_told_apart(evaluator: ClipEvaluator, cases: Sequence[shapes.CaptionedScene], attribute: str) -> float:
+    """How often a caption that names everything is nearer to its scene than to one that differs in one attribute."""
+    rng = random.Random(f"{SEED}/siblings/{attribute}")
+    others = [shapes.sibling(case.scene, rng, attribute) for case in cases]
+    unit = partial(torch.nn.functional.normalize, dim=-1)
+    texts = unit(evaluator.text_features([case.caption for case in cases]))
+    own = unit(evaluator.image_features(render_scenes([case.scene for case in cases])))
+    other = unit(evaluator.image_features(render_scenes(others)))
+    return float(((texts * own).sum(-1) > (texts * other).sum(-1)).float().mean())
 
 
 def attributes_right(images: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, float]:

@@ -28,7 +28,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import flow_teacher
@@ -58,6 +58,7 @@ TEXT_WIDTH = 128
 SEED = 20260101
 CLIP_DATA_SEED, VAE_DATA_SEED, TEXT_DATA_SEED = 11, 12, 15  # the teacher's recipe and the benchmark use others
 LossOf = Callable[[int, torch.Tensor, list[str]], torch.Tensor]  # step, images, captions => loss
+ASKED = ("shape", "shape", "color", "size", "background")  # of siblings: shapes are the hardest to tell apart
 FORMS_FIRST = 1500  # autoencoder steps before the objects get more weight
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -133,23 +134,9 @@ class Scenes(Dataset[tuple[torch.Tensor, list[str]]]):
         scenes = [shapes.captioned_scene(self.seed, start + i) for i in range(self.count)]
         if self.siblings and step % 2 == 0:
             rng = random.Random(f"{self.seed}/siblings/{step}")
-            pairs = [(s.scene, sibling(s.scene, rng)) for s in scenes[: self.count // 2]]
+            pairs = [(s.scene, shapes.sibling(s.scene, rng, rng.choice(ASKED))) for s in scenes[: self.count // 2]]
             scenes = [shapes.caption_scene(scene, rng, keep=1.0) for pair in pairs for scene in pair]
         return shapes.to_tensor([shapes.render(s.scene) for s in scenes]), [s.caption for s in scenes]
-
-
-def sibling(scene: shapes.Scene, rng: random.Random) -> shapes.Scene:
-    """The scene with one attribute of one object, or the background, changed."""
-    choices = {"shape": shapes.SHAPES, "color": tuple(shapes.COLORS), "size": tuple(shapes.SIZES)}
-    attribute = rng.choice(("shape", "shape", "color", "size", "background"))  # shapes are the hardest to tell apart
-    if attribute == "background":
-        return replace(scene, background=rng.choice([b for b in shapes.BACKGROUNDS if b != scene.background]))
-    number = rng.randrange(len(scene.objects))
-    changed = scene.objects[number]
-    value = rng.choice([v for v in choices[attribute] if v != getattr(changed, attribute)])
-    objects = list(scene.objects)
-    objects[number] = replace(changed, **{attribute: value})
-    return replace(scene, objects=tuple(objects))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
@@ -239,6 +239,25 @@ def captioned_scenes(seed: int, start: int = 0, *, keep: float = 0.7) -> Iterato
     while True:
         yield captioned_scene(seed, index, keep=keep)
         index += 1
+
+
+def sibling(scene: Scene, rng: random.Random, attribute: str) -> Scene:
+    """The scene with the background, or one object's shape, color or size, changed to another value.
+
+    Args:
+        scene: what is to be told from its sibling.
+        rng: draws the object and the value.
+        attribute: "shape", "color", "size" or "background".
+    """
+    if attribute == "background":
+        return replace(scene, background=rng.choice([name for name in BACKGROUNDS if name != scene.background]))
+    values = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES)}[attribute]
+    number = rng.randrange(len(scene.objects))
+    changed = scene.objects[number]
+    value = rng.choice([value for value in values if value != getattr(changed, attribute)])
+    objects = list(scene.objects)
+    objects[number] = replace(changed, **{attribute: value})
+    return replace(scene, objects=tuple(objects))
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
