@@ -95,7 +95,7 @@ def third_encoder(tokenizer: CLIPTokenizer, width: int) -> nn.Module:
 def assemble(parts: Path, seed: int) -> None:
     """Puts the parts together as a StableDiffusion3Pipeline in `parts`/untrained-flow, its transformer untrained."""
     first = text_encoder(parts / "text")
-    tokenizer = CLIPTokenizer.from_pretrained(parts / "clip")
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "text")
     width = first.config.hidden_size + EMPTY_WIDTH
     torch.manual_seed(seed)
     StableDiffusion3Pipeline(

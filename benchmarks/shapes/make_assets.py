@@ -224,9 +224,14 @@ def fit(model: torch.nn.Module, loss_of: LossOf, scenes: Scenes, *, steps: int, 
             checkpoint.with_suffix(".new").replace(checkpoint)
 
 
+def made_before(folder: Path) -> CLIPTokenizer | None:
+    """The tokenizer that an interrupted training began with: a new one may number its words differently."""
+    return CLIPTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+
+
 def make_clip(work: Path, output: Path, steps: int, device: str) -> None:
     """Contrastive training; half of the batches are siblings, so that fine distinctions are asked for."""
-    tokenizer = train_tokenizer(output / "clip")
+    tokenizer = made_before(output / "clip") or train_tokenizer(output / "clip")
     torch.manual_seed(SEED)
     model = CLIPModel(clip_config(tokenizer)).to(device).train()
 
@@ -262,7 +267,8 @@ def make_text(work: Path, output: Path, steps: int, device: str) -> None:
     A contrastive text tower keeps only what its image tower tells apart: with that of `clip`, "circle" and "square"
     were the same vector but for a fifteenth of its length, and no teacher could obey the word.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(output / "clip")
+    tokenizer = made_before(output / "text") or CLIPTokenizer.from_pretrained(output / "clip")
+    tokenizer.save_pretrained(output / "text")
     torch.manual_seed(SEED)
     reader = Reader(clip_config(tokenizer).text_config).to(device).train()
     nouns = torch.tensor(
@@ -357,7 +363,7 @@ def assemble(output: Path) -> None:
     """Puts the parts together as a StableDiffusionPipeline whose UNet is still untrained."""
     vae = output / ("decoder" if (output / "decoder").is_dir() else "autoencoder")
     text_encoder = CLIPTextModel.from_pretrained(output / "text")
-    tokenizer = CLIPTokenizer.from_pretrained(output / "clip")
+    tokenizer = CLIPTokenizer.from_pretrained(output / "text")
     torch.manual_seed(SEED)
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",

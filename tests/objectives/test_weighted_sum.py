@@ -30,6 +30,7 @@ from tests.tiny import tiny_recipe
 
 
 PLACE = "x.yaml: stages.0.objective"
+LAST = (2,)  # of the three steps of the oracles' schedule
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def chosen(z: Tensor) -> Chosen:
 def test_the_gradient_is_the_weighted_sum_of_the_parts_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     z, eps = four_signs()
     monkeypatch.setattr(torch, "randn_like", lambda x: eps.to(x.dtype))
-    at = {"guidance": 1.0, "t_min": AT_08[0], "t_max": AT_08[1]}
+    at = {"guidance": 1.0, "t_min": AT_08[0], "t_max": AT_08[1], "timesteps": LAST}
     vsd, dmd2 = VSD(**at), DMD2(**at)
     network = Linear(1.3, -0.4)
 
@@ -121,8 +122,9 @@ def test_parts_that_call_the_student_alike_share_its_sample() -> None:
 
     student._call = counting
     z = four_signs()[0]
-    both = WeightedSum((Part(VSD()), Part(DMD2(critic_updates=1))))
-    apart = (VSD(), DMD2(critic_updates=1))
+    vsd, dmd2 = VSD(timesteps=LAST), DMD2(timesteps=LAST, critic_updates=1)
+    both = WeightedSum((Part(vsd), Part(dmd2)))
+    apart = (vsd, dmd2)
     for objective in (*apart, both):
         for turn in objective.phases(0):
             turn.loss(roles, chosen(z), Step(0))
@@ -134,7 +136,7 @@ def test_every_call_of_the_loss_makes_a_new_sample() -> None:
     torch.manual_seed(0)
     nothing = Condition({"none": torch.zeros(4)})
     batch = Batch(nothing, nothing, (1,), torch.device("cpu"))
-    (turn, _) = WeightedSum((Part(VSD()),)).phases(0)
+    (turn, _) = WeightedSum((Part(VSD(timesteps=LAST)),)).phases(0)
     values = [turn.loss(oracles(Linear(1.3, -0.4)), batch, Step(0)).total.item() for _ in range(2)]
     assert values[0] != values[1]
     assert batch.samples is None

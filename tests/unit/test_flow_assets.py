@@ -26,8 +26,8 @@ WIDTH = 128
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the other commands leave, with random weights and the bundled vocabulary; then the assembled teacher."""
     folder = tmp_path_factory.mktemp("parts")
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "assets/shapes/clip")
-    tokenizer.save_pretrained(folder / "clip")
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "assets/shapes/teacher/tokenizer")
+    tokenizer.save_pretrained(folder / "text")
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3,

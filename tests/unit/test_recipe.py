@@ -370,6 +370,11 @@ def test_every_bundled_recipe_is_executable_and_says_where_its_numbers_come_from
 
 
 def test_the_bundled_recipes_are_all_there() -> None:
-    assert {"quickstart", "shapes/teacher", "shapes/flow_teacher", "shapes/dmd2_1step", "shapes/vsd_1step", "shapes/dmd2_4step"} <= set(
-        bundled_recipes()
-    )
+    assert {
+        "quickstart",
+        "shapes/teacher",
+        "shapes/flow_teacher",
+        "shapes/dmd2_1step",
+        "shapes/vsd_1step",
+        "shapes/dmd2_4step",
+    } <= set(bundled_recipes())
