@@ -116,9 +116,12 @@ class _Run:
         """Raises UserError now, and not after the training, if the student cannot be trained or exported as asked."""
         from stepdistill.cast import roles_with_guidance
         from stepdistill.export.schedulers import family_scheduler
+        from stepdistill.times import check_timesteps
 
         for stage, objective in zip(self.recipe.stages, self.objectives, strict=True):
             roles_with_guidance(self.family, objective.roles(), lora_settings(stage, objective, self.family))
+            called = objective.inference()
+            check_timesteps(self.family.schedule, () if called is None else called.timesteps)
         wanted = self.recipe.export
         spec = self.objectives[-1].inference()
         if spec is not None and (wanted.pipeline or (wanted.lora and self.family.supports_lora_loading)):

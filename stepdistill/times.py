@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,13 +55,16 @@ def grid(schedule: NoiseSchedule, timesteps: tuple[int, ...], device: torch.devi
 
     The last index is pure noise, for flow-matching teachers too: 749 of 1000 is t = 0.75 for all, which a flow with
     shift 1 is told as 1000 sigma = 750.
-
-    Raises:
-        UserError: an index that is not in the table.
+    A later index than the last means the last; `check_timesteps` refuses it before a run begins.
     """
+    at = (torch.tensor(timesteps, dtype=torch.float64, device=device) + 1) / schedule.num_train_timesteps
+    return at.clamp(max=1.0)
+
+
+def check_timesteps(schedule: NoiseSchedule, timesteps: Sequence[int]) -> None:
+    """Raises UserError for an index that is not in a teacher's table of timesteps."""
     total = schedule.num_train_timesteps
     outside = [index for index in timesteps if not 0 <= index < total]
     if outside:
         raise UserError(f"timestep {outside[0]} is none of this teacher's: they go from 0 to {total - 1}, which is "
                         "pure noise (for flow-matching teachers too)")  # fmt: skip
-    return (torch.tensor(timesteps, dtype=torch.float64, device=device) + 1) / total
