@@ -169,7 +169,7 @@ def test_the_recipe_of_four_steps_takes_the_published_ones_as_far_as_a_stock_sch
 
 def test_the_recipe_of_one_step_begins_with_scaled_noise_at_the_published_timestep() -> None:
     objective = recipe_objective("sid_1step.yaml")
-    assert (objective.timesteps, objective.sampler, objective.critic_scales) == ((625,), "deterministic", (3.0,) * 3)
+    assert (objective.timesteps, objective.sampler, objective.critic_scales) == ((625,), "deterministic", (2.5,) * 3)
 
 
 @pytest.mark.parametrize(
