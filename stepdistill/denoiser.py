@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stepdistill.adapters import SharedNetwork
 from stepdistill.condition import Condition
 from stepdistill.errors import UserError
-from stepdistill.prediction import Levels, Prediction
+from stepdistill.prediction import Levels, Prediction, beside
 from stepdistill.schedule import NoiseSchedule
 
 
@@ -123,7 +123,7 @@ class Denoiser:
         both = self(torch.cat([x_t, x_t]), torch.cat([t, t]), Condition.cat([condition, null]))
         with_prompt, without = split(both, len(x_t))
         if isinstance(scale, Tensor):
-            scale = scale.to(x_t).reshape((-1,) + (1,) * (x_t.ndim - 1))
+            scale = beside(x_t, scale.to(x_t))
         return with_prompt.guide(without, scale)
 
     def jvp(
@@ -223,7 +223,7 @@ class Denoiser:
         self, x_t: Tensor, model_time: Tensor, condition: Condition, tangent: tuple[Tensor, Tensor], step: Tensor
     ) -> Tensor:
         """(F(p + h v) - F(p - h v)) / 2h with one h per sample, (B,), float64."""
-        h = step.reshape((-1,) + (1,) * (x_t.ndim - 1))
+        h = beside(x_t, step)
         ends: list[Tensor] = []
         for sign in (1, -1):
             x = (x_t + sign * h * tangent[0]).to(x_t)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.prediction import Levels, Prediction, native_target
+from stepdistill.prediction import Levels, Prediction, beside, native_target
 
 
 SidWeighting = Literal[
@@ -39,12 +39,24 @@ def value_with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     return value.detach() + ((x - x.detach()) * gradient.detach().to(x.dtype)).sum()
 
 
+def taken_early(x: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """A loss of x whose gradient with respect to x is taken at once, at x detached.
+
+    The graph of what the loss looks through is freed before the backward pass of whatever made x.
+    """
+    with torch.enable_grad():
+        sample = x.detach().requires_grad_(True)
+        value = loss_of(sample)
+        (gradient,) = torch.autograd.grad(value, sample)
+    return value_with_gradient(x, value, gradient)
+
+
 def dmd_direction(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
     """(fake - real) / mean_CHW |x - real|, per sample; DMD (arXiv 2311.18828) eq. 7 and 8, in x0 space.
 
     A sample that the teacher leaves exactly as it is would divide by zero and gets no direction.
     """
-    scale = (x - real_x0).abs().flatten(1).mean(1).reshape((-1,) + (1,) * (x.ndim - 1))
+    scale = beside(x, (x - real_x0).abs().flatten(1).mean(1))
     return torch.nan_to_num((fake_x0 - real_x0) / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
 

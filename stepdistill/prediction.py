@@ -17,6 +17,11 @@ from stepdistill.schedule import NoiseSchedule
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 
 
+def beside(x: Tensor, values: Tensor) -> Tensor:
+    """One value per sample, (B,), shaped to go with x, (B, ...)."""
+    return values.reshape((-1,) + (1,) * (x.ndim - 1))
+
+
 @dataclass(frozen=True)
 class Levels:
     """Coefficients of one batch of times, each of shape (B, 1, ..., 1) and float64."""
@@ -29,9 +34,8 @@ class Levels:
     @classmethod
     def at(cls, schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Levels:
         """The levels at times `t` of shape (B,), shaped to multiply `like` of shape (B, ...)."""
-        shape = (-1,) + (1,) * (like.ndim - 1)
         functions = (schedule.alpha, schedule.sigma, schedule.d_alpha, schedule.d_sigma)
-        return cls(*(function(t).reshape(shape) for function in functions))
+        return cls(*(beside(like, function(t)) for function in functions))
 
 
 @dataclass(frozen=True)

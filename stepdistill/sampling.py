@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser
-from stepdistill.prediction import Prediction, add_more_noise, add_noise
+from stepdistill.prediction import Prediction, add_more_noise, add_noise, beside
 from stepdistill.schedule import NoiseSchedule, VPSchedule
 from stepdistill.times import grid
 
@@ -174,14 +174,14 @@ def solver_step(
     if solver == "ddim":
         return ddim_step(denoiser, said, s)
     if solver == "euler":
-        return (x + _shaped(s - t, x) * said.velocity).to(x.dtype)
+        return (x + beside(x, s - t) * said.velocity).to(x.dtype)
     x_s = ddim_step(denoiser, said, s)
     # At the clean end there is no second half: what a network says without noise is of no use (Karras et al., alg. 1).
     noisy = denoiser.schedule.sigma(s) > 0
     if not bool(noisy.any()):
         return x_s
     there = denoiser.guided(x_s, s, condition, null, guidance)
-    return torch.where(_shaped(noisy, x), _trapezoid(denoiser, said, there, s), x_s)
+    return torch.where(beside(x, noisy), _trapezoid(denoiser, said, there, s), x_s)
 
 
 def solve(
@@ -219,8 +219,3 @@ def _trapezoid(denoiser: Denoiser, first: Prediction, second: Prediction, s: Ten
     by_noise = ddim_step(denoiser, replace(first, native=(first.eps + second.eps) / 2, kind="epsilon"), s)
     by_clean = ddim_step(denoiser, replace(first, native=(first.x0 + second.x0) / 2, kind="sample"), s)
     return torch.where(first.levels.alpha > 1e-3 * first.levels.sigma, by_noise, by_clean)
-
-
-def _shaped(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) => (B, 1, ..., 1), to go with `like`."""
-    return values.reshape((-1,) + (1,) * (like.ndim - 1))

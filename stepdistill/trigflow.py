@@ -22,7 +22,7 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.objectives.base import FeatureShape
-from stepdistill.prediction import Levels, Prediction
+from stepdistill.prediction import Levels, Prediction, beside
 from stepdistill.schedule import NoiseSchedule, VPSchedule
 
 
@@ -75,7 +75,7 @@ class TrigFlow:
 
     def noised(self, x0: Tensor, angle: Tensor, eps: Tensor) -> Tensor:
         """Clean samples and unit-variance noise => x on the circle, in the dtype of x0."""
-        cos, sin = (_beside(x0, v) for v in (angle.cos(), angle.sin()))
+        cos, sin = (beside(x0, v) for v in (angle.cos(), angle.sin()))
         return (cos * x0 / self.data_std + sin * eps).to(x0.dtype)
 
     def place(self, x: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,14 +114,14 @@ class TrigFlow:
         tangent_x, tangent_angle = tangent
         x_t, t = self.place(x, angle)
         levels = Levels.at(self.schedule, t, x)
-        dt = _beside(x, tangent_angle) * self._time_slope(levels)
+        dt = beside(x, tangent_angle) * self._time_slope(levels)
         # x_t = radius x
         tangent_x_t = (self._radius(levels) * tangent_x + self._radius_slope(levels) * dt * x).to(x.dtype)
         prediction, moved = denoiser.jvp(x_t, t, condition, tangent_x_t, dt.flatten(), difference=difference)
         change = _change(prediction, moved, tangent_x_t, dt)
         cos, sin = self._directions(levels)
         # d(cos) = -sin and d(sin) = cos: what remains of these is sin eps + cos x0 / data_std = x
-        along = cos * change.eps - sin * change.x0 / self.data_std - _beside(x, tangent_angle) * x
+        along = cos * change.eps - sin * change.x0 / self.data_std - beside(x, tangent_angle) * x
         return self.output(prediction), along.to(x.dtype)
 
     def _directions(self, levels: Levels) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ def consistency_tangent(
         derivative: of F along (cos sin velocity, cos sin).
         warmup: r in [0, 1], how much the terms count that could be unstable; with 0 the student learns the velocity.
     """
-    cos, sin = (_beside(x, v).to(x.dtype) for v in (angle.cos(), angle.sin()))
+    cos, sin = (beside(x, v).to(x.dtype) for v in (angle.cos(), angle.sin()))
     return -(cos**2) * (output - velocity) - warmup * (cos * sin * x + derivative)
 
 
@@ -192,7 +192,7 @@ def normalized_tangent(tangent: Tensor, kind: TangentNorm, constant: float) -> T
         return tangent.clamp(-1, 1)
     squares = tangent.square().flatten(1)
     norm = (squares.mean(1) if kind == "rms" else squares.sum(1)).sqrt()
-    return tangent / (_beside(tangent, norm) + constant)
+    return tangent / (beside(tangent, norm) + constant)
 
 
 class LogWeight(nn.Module):
@@ -212,8 +212,3 @@ class LogWeight(nn.Module):
         waves = torch.cos(2 * numbers * angle[:, None]).to(self.weight.dtype)
         # A sum of products and no matrix product, which mixed precision would round to a few digits.
         return (waves * self.weight).sum(1) + self.bias
-
-
-def _beside(x: Tensor, values: Tensor) -> Tensor:
-    """One value per sample, (B,), shaped to multiply x, (B, ...)."""
-    return values.reshape((-1,) + (1,) * (x.ndim - 1))

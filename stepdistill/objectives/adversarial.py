@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.discriminator import Game, discriminator_loss, generator_loss
-from stepdistill.losses import value_with_gradient
+from stepdistill.losses import taken_early
 from stepdistill.objectives.base import Batch
 from stepdistill.prediction import add_noise
 from stepdistill.times import log_noise_times, uniform_times
@@ -79,8 +79,8 @@ class Adversary:
         student's backward pass.
         """
         denoiser = cast.denoiser(self.features)
-        with torch.enable_grad():
-            sample = x0.detach().requires_grad_(True)
+
+        def loss_of(sample: Tensor) -> Tensor:
             fake, at = self._logits(cast, denoiser, sample, batch)
             real = None
             if self.student_needs_images:
@@ -88,9 +88,9 @@ class Adversary:
                 with torch.no_grad():
                     seen = at if self.shared_noise else None
                     real, _ = self._logits(cast, denoiser, batch.latents, batch, seen)
-            loss = generator_loss(fake, self.game, real)
-            (gradient,) = torch.autograd.grad(loss, sample)
-        return value_with_gradient(x0, loss.detach(), gradient)
+            return generator_loss(fake, self.game, real)
+
+        return taken_early(x0, loss_of)
 
     def _logits(
         self, cast: Cast, denoiser: Denoiser, x0: Tensor, batch: Batch, at: tuple[Tensor, Tensor] | None = None

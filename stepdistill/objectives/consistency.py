@@ -18,7 +18,7 @@ from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phas
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
 from stepdistill.objectives.trajectory import sample_guidance
-from stepdistill.prediction import add_noise
+from stepdistill.prediction import add_noise, beside
 from stepdistill.sampling import Solver, solver_step
 from stepdistill.segments import SolverGrid
 
@@ -100,4 +100,4 @@ class Consistency:
         guidance = sample_guidance(self.guidance, len(batch), batch.device)
         x_s = solver_step(cast.denoiser("teacher"), x_t, t, s, batch.condition, batch.null, guidance, self.solver)
         said = cast.denoiser(target_name(self.target_decay))(x_s, s, batch.condition).x0
-        return torch.where((s == 0).reshape((-1,) + (1,) * (x_s.ndim - 1)), x_s, said)
+        return torch.where(beside(x_s, s == 0), x_s, said)

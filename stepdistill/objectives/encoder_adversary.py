@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepdistill.condition import Condition
 from stepdistill.discriminator import Discriminator, Game, discriminator_loss, generator_loss
 from stepdistill.errors import UserError
-from stepdistill.losses import value_with_gradient
+from stepdistill.losses import taken_early
 from stepdistill.objectives.base import Batch, FeatureShape, Head, Role, Trained
 
 
@@ -88,12 +88,11 @@ class EncoderAdversary:
         if self.conditional:
             with torch.no_grad():
                 begun = self._features(cast, *_known(start), batch.condition)
-        with torch.enable_grad():
-            sample = fake.detach().requires_grad_(True)
-            logits = self._logits(cast, self._features(cast, sample, at, batch.condition), begun)
-            loss = generator_loss(logits, self.game)
-            (gradient,) = torch.autograd.grad(loss, sample)
-        return value_with_gradient(fake, loss, gradient)
+
+        def loss_of(x: Tensor) -> Tensor:
+            return generator_loss(self._logits(cast, self._features(cast, x, at, batch.condition), begun), self.game)
+
+        return taken_early(fake, loss_of)
 
     def _features(self, cast: Cast, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         return cast.denoiser("encoder").features(x, t, condition, cast.head("discriminator").layers)

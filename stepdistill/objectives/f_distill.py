@@ -20,6 +20,7 @@ from stepdistill.losses import pseudo_loss
 from stepdistill.objectives.base import Batch, Head, InferenceSpec, Loss, Phase, Role, Step
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.objectives.matching import Guidance, renoise, rollout
+from stepdistill.prediction import beside
 from stepdistill.ratios import RatioDiscriminator, density_ratio, over_mean
 
 
@@ -110,7 +111,7 @@ class FDistill:
         ratio = self.ratio(cast, at, batch)
         weight = self.weight(cast, ratio, at[1])
         direction = self.dmd2.direction_at(cast, x0.detach(), at, batch, step)
-        direction = weight.reshape((-1,) + (1,) * (x0.ndim - 1)) * direction
+        direction = beside(x0, weight) * direction
         terms = {"matching": pseudo_loss(x0, direction)}
         if self.gan_weight > 0:
             terms["adversarial"] = self.gan_weight * self.dmd2.adversary.student_term(cast, x0, batch)

@@ -15,7 +15,7 @@ from torch import Tensor
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.objectives.base import Batch
-from stepdistill.prediction import add_noise
+from stepdistill.prediction import add_noise, beside
 from stepdistill.sampling import Sampler, solver_step
 from stepdistill.schedule import NoiseSchedule, VPSchedule
 from stepdistill.times import grid
@@ -87,7 +87,7 @@ def few_step_input(
     """
     eps = torch.randn_like(x0)
     pure = add_noise(schedule, torch.zeros_like(x0), t, eps) if sampler == "deterministic" else eps
-    begins = (t >= first).reshape((-1,) + (1,) * (x0.ndim - 1))
+    begins = beside(x0, t >= first)
     return torch.where(begins, pure, add_noise(schedule, x0, t, eps))
 
 

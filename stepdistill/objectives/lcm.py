@@ -18,7 +18,7 @@ from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phas
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
 from stepdistill.objectives.trajectory import sample_guidance
-from stepdistill.prediction import add_noise
+from stepdistill.prediction import add_noise, beside
 from stepdistill.sampling import Solver, solver_step
 from stepdistill.segments import SolverGrid
 
@@ -108,6 +108,6 @@ class LCM:
         with torch.no_grad():
             x_s = solver_step(cast.denoiser("teacher"), x_t, t, s, batch.condition, batch.null, scale, self.solver)
             target = cast.denoiser(target_name(self.target_decay))(x_s, s, told).x0
-            target = torch.where((i == 1).reshape((-1,) + (1,) * (x_s.ndim - 1)), x_s, target)
+            target = torch.where(beside(x_s, i == 1), x_s, target)
         found = student(x_t, t, told).x0
         return Loss({"consistency": distance(self.distance, found, target, self.huber_c).mean()})

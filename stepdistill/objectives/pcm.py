@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepdistill.discriminator import Discriminator, discriminator_loss
 from stepdistill.errors import UserError
-from stepdistill.losses import Distance, distance, value_with_gradient
+from stepdistill.losses import Distance, distance, taken_early
 from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss, Phase, Role, Step, Trained
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
@@ -133,11 +133,7 @@ class PCM:
     def _adversarial(self, cast: Cast, found: Tensor, leap: Leap, batch: Batch) -> Tensor:
         """mean relu(1 - D) of the jumps; the features' graph is freed before the student's backward pass."""
         seen = self._seen(cast, leap)
-        with torch.enable_grad():
-            sample = found.detach().requires_grad_(True)
-            value = (1 - self._logits(cast, sample, leap, seen, batch)).relu().mean()
-            (gradient,) = torch.autograd.grad(value, sample)
-        return value_with_gradient(found, value, gradient)
+        return taken_early(found, lambda x: (1 - self._logits(cast, x, leap, seen, batch)).relu().mean())
 
     def _seen(self, cast: Cast, leap: Leap) -> Tensor:
         """Where the discriminator sees a jump, (B,): uniform between its end and one phase above."""

@@ -16,7 +16,7 @@ from torch.nn.functional import huber_loss
 
 from stepdistill.condition import Condition
 from stepdistill.errors import UserError
-from stepdistill.losses import value_with_gradient, weighted_mse
+from stepdistill.losses import taken_early, weighted_mse
 from stepdistill.lpips import load_lpips
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
 from stepdistill.times import grid
@@ -86,11 +86,7 @@ class Regression:
         decode, network = cast.family.decode_latents, load_lpips(self.lpips, x0.device)
         with torch.no_grad():
             wanted = decode(target).float()
-        with torch.enable_grad():
-            sample = x0.detach().requires_grad_(True)
-            value = network(decode(sample).float(), wanted).mean()
-            (gradient,) = torch.autograd.grad(value, sample)
-        return value_with_gradient(x0, value, gradient)
+        return taken_early(x0, lambda x: network(decode(x).float(), wanted).mean())
 
 
 def pairs_of(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import needs_boundary
 from stepdistill.objectives.trajectory import sample_guidance
-from stepdistill.prediction import Prediction
+from stepdistill.prediction import Prediction, beside
 from stepdistill.trigflow import LogWeight, TangentNorm, TrigFlow, consistency_tangent, normalized_tangent
 
 
@@ -148,7 +148,7 @@ class SCM:
         """g of algorithm 1 before its normalisation, (B, ...)."""
         trig, velocity = self.trigflow(cast), self.flow(cast, batch, point)
         turn = point.angle.cos() * point.angle.sin()  # the paper's rearrangement: no derivative is infinite at pi/2
-        along = (turn.reshape((-1,) + (1,) * (velocity.ndim - 1)) * velocity).to(velocity.dtype)
+        along = (beside(velocity, turn) * velocity).to(velocity.dtype)
         output, derivative = trig.derivative(
             cast.denoiser("student"), point.x, point.angle, point.condition, (along, turn), difference=self.difference
         )

@@ -17,7 +17,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.objectives.base import Batch
 from stepdistill.objectives.matching import Guidance
-from stepdistill.prediction import add_noise
+from stepdistill.prediction import add_noise, beside
 from stepdistill.sampling import Solver, ddim_step, solver_step
 from stepdistill.segments import SolverGrid
 
@@ -91,10 +91,8 @@ class Trajectory:
             batch: the conditions.
         """
         guidance = sample_guidance(self.guidance, len(batch), batch.device)
-        x_s = solver_step(
-            solving, leap.x_t, leap.t, leap.s, batch.condition, batch.null, guidance, self.solver
-        )  # fmt: skip
-        ended = (leap.end >= leap.s).reshape((-1,) + (1,) * (x_s.ndim - 1))
+        x_s = solver_step(solving, leap.x_t, leap.t, leap.s, batch.condition, batch.null, guidance, self.solver)
+        ended = beside(x_s, leap.end >= leap.s)
         return torch.where(ended, x_s, jump(jumping, x_s, leap.s, leap.end, batch.condition))
 
 
