@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
@@ -255,8 +255,9 @@ def sibling(scene: Scene, rng: random.Random, attribute: str) -> Scene:
     number = rng.randrange(len(scene.objects))
     changed = scene.objects[number]
     value = rng.choice([value for value in values if value != getattr(changed, attribute)])
+    change: dict[str, Any] = {attribute: value}
     objects = list(scene.objects)
-    objects[number] = replace(changed, **{attribute: value})
+    objects[number] = replace(changed, **change)
     return replace(scene, objects=tuple(objects))
 
 
