@@ -1,7 +1,7 @@
 """The leaderboard: every objective with the same number of network passes.
 
     python benchmarks/objectives.py                          # every cell that is not measured yet, one after another
-    python benchmarks/objectives.py --cells dmd2_1step,sid_1step --passes 400000
+    python benchmarks/objectives.py --cells dmd2_plain_1step,sid_1step --passes 400000
     python benchmarks/objectives.py --seeds 0,1,2 --passes 2000000 --device cuda
 
 A cell is a recipe of recipes/shapes and a seed; a later method joins by adding a recipe to CELLS. The passes of an
@@ -39,7 +39,7 @@ from stepdistill.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = (
-    "vsd_1step", "swiftbrush_v2_1step", "esd_1step", "dmd_1step", "dmd2_1step", "dmd2_gan_1step", "dmd2_2step",
+    "vsd_1step", "swiftbrush_v2_1step", "esd_1step", "dmd_1step", "dmd2_plain_1step", "dmd2_gan_1step", "dmd2_2step",
     "dmd2_4step", "f_distill_1step", "sid_1step", "sid_4step", "disback_1step", "consistency_1step", "lcm_lora_4step",
     "lcm_4step", "pcm_4step", "tcd_4step", "hyper_lora", "scm_1step", "sprint_1step", "progressive_4step",
     "lightning_4step", "ladd_1step", "add_1step",

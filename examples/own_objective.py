@@ -3,7 +3,7 @@
 Regression on the teacher's samples (Luhman and Luhman 2021, arXiv:2101.02388). No critic and no images, and every
 update costs the teacher's whole sampler; the student's images are blurred where the teacher's answer is sharp. Run it:
 
-    PYTHONPATH=examples stepdistill train quickstart name=regression output=runs/regression \
+    PYTHONPATH=examples stepdistill train shapes/vsd_1step name=regression output=runs/regression \
         stages.0.objective="{name: own_objective:Regression, guidance: 3.0, teacher_steps: 8}"
 """
 

@@ -40,11 +40,19 @@ def resolve_model_path(text: str) -> str:
     Raises:
         UserError: if there is no such path or asset, and the text cannot be a hub id either.
     """
+    text = resolve_bundled(text)
     if Path(text).exists():
         return text
-    first, *rest = Path(text).parts or ("",)
-    if first == "assets":
-        return str(assets_path(*rest))
     if not _HUB_ID.fullmatch(text):
         raise UserError(f"model {text!r}: no such file or folder; give a Diffusers folder, or a hub id as owner/name")
     return text
+
+
+def resolve_bundled(text: str) -> str:
+    """Finds "assets/..." also if it is bundled; any other path is returned unchanged, whether there is one or not.
+
+    Raises:
+        UserError: if it names an asset that is not there.
+    """
+    first, *rest = Path(text).parts or ("",)
+    return str(assets_path(*rest)) if first == "assets" and not Path(text).exists() else text

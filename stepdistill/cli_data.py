@@ -45,7 +45,7 @@ def pairs(
         typer.Argument(
             metavar="KEY=VALUE",
             help="How the pairs are made: count, sampler (ddim, dpm++, euler, unipc), steps, guidance, seed, states, "
-            "size, precision, batch_size, shard_size.",
+            "size, precision, files, batch_size, shard_size. Default: the recipe's data.make_pairs.",
         ),
     ] = None,
     prompts: Annotated[
@@ -103,7 +103,7 @@ def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _Pair
 
     given = _read_options(options)
     recipe = _recipe_of(source)
-    known = {} if recipe is None else _settings_of(recipe)
+    known = {} if recipe is None else recipe.pair_options()
     settings: PairSettings = build_dataclass(PairSettings, {**known, **given}, "pairs")
     if prompts is not None:
         # A file is taken whole, so that a larger count goes on with the same prompts; shapes are endless.
@@ -125,13 +125,6 @@ def _recipe_of(source: str) -> Recipe | None:
     if Path(source).suffix in (".yaml", ".yml") or (source in bundled_recipes() and not Path(source).exists()):
         return Recipe.load(source)
     return None
-
-
-def _settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says about how its teacher is sampled; what it does not say is left to the defaults."""
-    bench = recipe.bench
-    sampling = {} if bench is None else {"steps": bench.teacher_steps, "guidance": bench.teacher_guidance}
-    return {"seed": recipe.seed, "precision": recipe.precision, "size": recipe.data.size, **sampling}
 
 
 def _read_options(options: Sequence[str]) -> dict[str, Any]:

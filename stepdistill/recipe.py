@@ -171,12 +171,17 @@ class StageConfig(Section):
 
 
 class DataConfig(Section):
-    """Where prompts come from and, for stages that learn from data, images and stored pairs."""
+    """Where prompts come from and, for stages that learn from data, images and stored pairs.
+
+    ``make_pairs`` says how pairs are made (as ``stepdistill.data.pair_maker.PairSettings``): those that ``stepdistill
+    data pairs`` stores, and those that a run makes in its own folder where ``pairs`` has none of its teacher.
+    """
 
     prompts: Text
     count: Count | None = None
     images: Text | None = None
     pairs: Text | None = None
+    make_pairs: dict[str, Any] | None = None
     cache: bool = True
     size: Count | None = None
 
@@ -255,6 +260,13 @@ class Recipe(Section):
     bench: BenchConfig | None = None
 
     _source: str = PrivateAttr(default="recipe")
+
+    def pair_options(self) -> dict[str, Any]:
+        """How pairs are made, by the fields of PairSettings; what is not said is sampled as the benchmark does."""
+        bench = self.bench
+        sampling = {} if bench is None else {"steps": bench.teacher_steps, "guidance": bench.teacher_guidance}
+        known = {"seed": self.seed, "precision": self.precision, "size": self.data.size}
+        return {**known, **sampling, **(self.data.make_pairs or {})}
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepdistill.assets import resolve_bundled
 from stepdistill.console import Display
 from stepdistill.errors import UserError
 from stepdistill.run_folder import RunFolder
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from stepdistill.bench.report import Report
     from stepdistill.cast import Cast, RoleState
     from stepdistill.data.batches import Batches
-    from stepdistill.data.pairs import PairStream
+    from stepdistill.data.pairs import PairSet, PairStream
     from stepdistill.families.base import ModelFamily
     from stepdistill.objectives.base import InferenceSpec, Objective, Phase
     from stepdistill.player import Player
@@ -306,24 +307,45 @@ def open_images(batches: Batches, recipe: Recipe, folder: RunFolder, display: Di
 
 
 def open_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairStream:
-    """The stored pairs that the recipe names, with their prompts encoded.
+    """The pairs that the recipe names or has made, with their prompts encoded.
 
     Raises:
-        UserError: it names none, or they are not of its teacher.
+        UserError: it does neither, or they are not of its teacher.
     """
     from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
-    from stepdistill.data.pairs import REMEDY, PairStream, load_pairs
+    from stepdistill.data.pairs import PairStream
 
-    data = recipe.data
-    if data.pairs is None:
-        raise UserError(f"{recipe.where('data.pairs')}: missing, and an objective learns from stored pairs; {REMEDY}")
-    pairs = load_pairs(data.pairs, family, size=data.size)
+    pairs = find_pairs(recipe, family, folder, display)
     display.say(pairs.summary())
-    cache = ConditionCache(folder.cache, family, pairs.prompts) if data.cache else None
+    cache = ConditionCache(folder.cache, family, pairs.prompts) if recipe.data.cache else None
     conditions = cache or EncodedOnTheFly(family, pairs.prompts)
     with display.counting("encoding the prompts of the pairs") as count:
         conditions.build(count)
     return PairStream(pairs, conditions)
+
+
+def find_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairSet:
+    """The stored pairs; where there are none of this teacher, and the recipe says how, the run makes them."""
+    from stepdistill.data.pair_maker import PairSettings, make_pairs
+    from stepdistill.data.pairs import REMEDY, load_pairs
+    from stepdistill.data.prompts import load_prompts
+    from stepdistill.options import build_dataclass
+
+    data = recipe.data
+    if data.pairs is None and data.make_pairs is None:
+        raise UserError(f"{recipe.where('data.pairs')}: missing, and an objective learns from stored pairs; {REMEDY}; "
+                        "or say in data.make_pairs how the run is to make them")  # fmt: skip
+    if data.pairs is not None:
+        try:
+            return load_pairs(resolve_bundled(data.pairs), family, size=data.size)
+        except UserError as error:
+            if data.make_pairs is None:
+                raise
+            display.say(f"{error}: this run makes its own")
+    settings: PairSettings = build_dataclass(PairSettings, recipe.pair_options(), recipe.where("data.make_pairs"))
+    prompts, place = load_prompts(data.prompts, count=data.count), folder.cache / "pairs"
+    with display.counting("making pairs") as count:
+        return make_pairs(family, prompts, place, settings, progress=count)
 
 
 def finish(

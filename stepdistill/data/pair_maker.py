@@ -14,12 +14,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stepdistill.data.pairs import (
+    FILE_TYPES,
     INDEX,
+    FileType,
     PairSet,
     Progress,
     differences,
     fingerprint_of,
     load_pairs,
+    pair_noise,
     read_index,
     shard_header,
     shard_path,
@@ -30,7 +33,6 @@ from stepdistill.data.prompts import PromptSet
 from stepdistill.data.sampler import StockSampler, Trajectory
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
-from stepdistill.seeds import seed_of
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +51,8 @@ class PairSettings:
         states: timesteps at which what the network is given is kept too, falling.
         size: pixel size of the images; None: the teacher's own.
         precision: fp32, bf16 or fp16, by autocast; the sampler's arithmetic stays in fp32.
+        files: type of the samples and states on disk. float16 and float8 (e4m3) leave the noise out, which seed and
+            number give again.
         batch_size: pairs made at a time.
         shard_size: pairs per file; an interruption loses less than one file.
     """
@@ -61,6 +65,7 @@ class PairSettings:
     states: tuple[int, ...] = ()
     size: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    files: FileType = "float32"
     batch_size: int = 64
     shard_size: int = 256
 
@@ -126,6 +131,8 @@ class _Maker:
             "precision": settings.precision,
             **{f"sampler.{name}": value for name, value in self._sampler.facts.items()},
         }
+        if settings.files != "float32":
+            facts["files"] = settings.files
         self._facts: dict[str, Any] = json.loads(json.dumps(facts))  # as they will be read again
         self._fingerprint = fingerprint_of(self._facts)
 
@@ -168,14 +175,16 @@ class _Maker:
             noise = torch.stack([pair_noise(self._settings.seed, number, self._shape) for number in batch])
             parts.append((noise, self._run(noise, self._texts(batch))))
             progress(batch.stop, self._count)
+        dtype = FILE_TYPES[self._settings.files]
         tensors = {
-            "noise": torch.cat([noise for noise, _ in parts]),
-            "sample": torch.cat([made.sample for _, made in parts]).float().cpu(),
+            "sample": torch.cat([made.sample for _, made in parts]).to("cpu", dtype),
             "prompt_index": torch.tensor([number % len(self._prompts) for number in rows]),
         }
+        if dtype == torch.float32:
+            tensors["noise"] = torch.cat([noise for noise, _ in parts])
         states = [made.states for _, made in parts if made.states is not None]
         if states:
-            tensors["states"] = torch.cat(states).float().cpu()
+            tensors["states"] = torch.cat(states).to("cpu", dtype)
             tensors["state_timesteps"] = torch.tensor(self._settings.states)
         # One entry only: safetensors writes several in an order of its own, and equal shards should be equal files.
         header = json.dumps({"fingerprint": self._fingerprint, "prompts": self._texts(rows)})
@@ -204,8 +213,3 @@ class _Maker:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
-
-
-def pair_noise(seed: int, number: int, shape: tuple[int, int, int]) -> Tensor:
-    """The noise of one pair, (C, H, W): a function of these numbers alone, the same on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, "pair", number)))

@@ -4,8 +4,9 @@
 
 A shard holds, for N pairs of latent shape (C, H, W): `noise` and `sample` (N, C, H, W), `prompt_index` (N,) and, where
 they were asked for, `states` (N, K, C, H, W) at `state_timesteps` (K,); its header holds the prompts as text and the
-fingerprint. The fingerprint covers everything that determines a pair: the teacher's weights, sampler, guidance,
-prompts and seed. Shards appear at once or not at all, so making pairs goes on where it was stopped, to the same bits.
+fingerprint. Files of a narrow type leave the noise out: it is a function of the seed and the pair's number. The
+fingerprint covers everything that determines a pair: the teacher's weights, sampler, guidance, prompts and seed.
+Shards appear at once or not at all, so making pairs goes on where it was stopped, to the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,10 +27,15 @@ from stepdistill.data.cache import Conditions, weights_fingerprint
 from stepdistill.data.prompts import PromptSet, epoch_indices
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
+from stepdistill.seeds import seed_of
 
 
 Progress = Callable[[int, int], None]  # (pairs done, pairs in all)
 
+FileType = Literal["float32", "float16", "float8"]
+FILE_TYPES: dict[FileType, torch.dtype] = {
+    "float32": torch.float32, "float16": torch.float16, "float8": torch.float8_e4m3fn
+}  # fmt: skip
 FORMAT = 1  # of the files; part of the fingerprint
 INDEX = "index.json"
 REMEDY = "make them with: stepdistill data pairs RECIPE --output FOLDER"
@@ -116,12 +122,22 @@ class PairSet:
             path = shard_path(self.folder, number)
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._shards[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                    shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{path}: cannot be read ({error}); make the pairs again, whole shards stay"
                 ) from error
+            self._shards[number] = self._widened(shard, first=number * self._shard_size)
         return self._shards[number]
+
+    def _widened(self, shard: dict[str, Tensor], *, first: int) -> dict[str, Tensor]:
+        """Floating point as float32, and the noise made again where the file leaves it out."""
+        shard = {name: value.float() if value.is_floating_point() else value for name, value in shard.items()}
+        if "noise" not in shard:
+            count, *shape = shard["sample"].shape
+            rows = [pair_noise(self.facts["seed"], first + row, shape) for row in range(count)]
+            shard["noise"] = torch.stack(rows)
+        return shard
 
 
 @dataclass(frozen=True)
@@ -224,6 +240,11 @@ def teacher_facts(family: ModelFamily, size: int | None) -> dict[str, Any]:
         "text encoders": texts,
         "latent shape": list(family.latent_shape(size)),
     }
+
+
+def pair_noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
+    """The noise of one pair, (C, H, W): a function of these numbers alone, the same on every device."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed_of(seed, "pair", number)))
 
 
 def fingerprint_of(facts: Mapping[str, Any]) -> str:

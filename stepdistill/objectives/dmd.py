@@ -32,6 +32,7 @@ class DMD:
         guidance: the teacher's guidance scale, or a range to draw it from; the critic is never guided. The pairs
             should have been made with the same one.
         critic_updates: critic steps per student step (algorithm 1: 1).
+        critic_lead: iterations at the start without the student, for a stage whose student has learnt already.
         t_min: lowest time of the matching loss, as a fraction (published: 0.02).
         t_max: highest time of the matching loss (published: 0.98; the longest run ended with 0.5).
         regression_weight: of the regression loss (published: 0.25); 0 needs no pairs.
@@ -45,6 +46,7 @@ class DMD:
     timestep: int = 999
     guidance: Guidance = 3.0
     critic_updates: int = 1
+    critic_lead: int = 0
     t_min: float = 0.02
     t_max: float = 0.98
     regression_weight: float = 0.25
@@ -54,13 +56,13 @@ class DMD:
     lpips: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self.regression  # checks its options
+        _ = self.matching, self.regression  # they check their options
 
     @property
     def matching(self) -> DMD2:
         """The game without the pairs: DMD2 without what it adds."""
         return DMD2(timesteps=(self.timestep,), guidance=self.guidance, critic_updates=self.critic_updates,
-                    t_min=self.t_min, t_max=self.t_max)  # fmt: skip
+                    critic_lead=self.critic_lead, t_min=self.t_min, t_max=self.t_max)  # fmt: skip
 
     @property
     def regression(self) -> Regression:
@@ -75,10 +77,9 @@ class DMD:
     def phases(self, step: int) -> Sequence[Phase]:
         """Algorithm 1: the generator, then the critic."""
         stream = "pairs" if self.regression_weight > 0 else "prompts"
-        return (
-            Phase("student", ("student",), self.student_loss, stream=stream),
-            Phase("critic", ("critic",), self.matching.critic_loss, repeats=self.critic_updates),
-        )
+        student = Phase("student", ("student",), self.student_loss, stream=stream)
+        critic = Phase("critic", ("critic",), self.matching.critic_loss, repeats=self.critic_updates)
+        return (critic,) if step < self.critic_lead else (student, critic)
 
     def after_step(self, cast: Cast, step: int) -> None:
         return None

@@ -33,6 +33,8 @@ class DMD2:
             lie below the last index, like 399 for SDXL in one step: the student still begins with pure noise.
         guidance: the teacher's guidance scale, or a range to draw it from; the critic is never guided.
         critic_updates: critic steps per student step (section 4.2: 5, and 10 for SD1.5).
+        critic_lead: iterations at the start that play without the student: a critic that begins as the teacher does
+            not know a student that has learnt in an earlier stage, and would at first lead it astray; none published.
         t_min: lowest time of the matching loss, as a fraction (code: 0.02).
         t_max: highest time of the matching loss (code: 0.98).
         gan_weight: of the adversarial term in the student's loss (SD1.5: 1e-3, SDXL: 5e-3); 0 plays no GAN and needs
@@ -48,6 +50,7 @@ class DMD2:
     timesteps: tuple[int, ...] = (999,)
     guidance: Guidance = 1.75
     critic_updates: int = 5
+    critic_lead: int = 0
     t_min: float = 0.02
     t_max: float = 0.98
     gan_weight: float = 0.0
@@ -61,6 +64,8 @@ class DMD2:
         for name in ("gan_weight", "discriminator_weight", "r1_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}; 0 switches the term off")
+        if self.critic_lead < 0:
+            raise UserError(f"critic_lead must not be negative, got {self.critic_lead}")
 
     @property
     def adversarial(self) -> bool:
@@ -80,10 +85,9 @@ class DMD2:
         updates = ("critic", "discriminator") if self.adversarial else ("critic",)
         stream = "images" if self.adversarial else "prompts"
         student_stream = "images" if self.adversarial and self.adversary.student_needs_images else "prompts"
-        return (
-            Phase("critic", updates, self.critic_loss, stream=stream, repeats=self.critic_updates),
-            Phase("student", ("student",), self.student_loss, stream=student_stream),
-        )
+        critic = Phase("critic", updates, self.critic_loss, stream=stream, repeats=self.critic_updates)
+        student = Phase("student", ("student",), self.student_loss, stream=student_stream)
+        return (critic,) if step < self.critic_lead else (critic, student)
 
     def after_step(self, cast: Cast, step: int) -> None:
         return None

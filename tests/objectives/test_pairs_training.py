@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stepdistill.data.pair_maker import PairSettings, make_pairs
+from stepdistill.data.pairs import load_pairs
 from stepdistill.data.prompts import PromptSet
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
@@ -53,3 +54,34 @@ def test_a_recipe_without_pairs_is_refused_before_anything_is_encoded(
     with pytest.raises(UserError, match=r"recipe: data\.pairs: missing, .* make them with: stepdistill data pairs"):
         train(Recipe.from_mapping(content))
     assert not (tmp_path / "run" / "cache").exists()
+
+
+@pytest.mark.parametrize("stored", [None, "absent", "of another teacher"])
+def test_a_run_makes_the_pairs_that_are_missing(
+    sd_folder: str, dit: ModelFamily, tmp_path: Path, stored: str | None
+) -> None:
+    content = tiny_recipe(sd_folder, tmp_path / "run", stages=[stage(1, 1e-3, name="regression")])
+    if stored == "of another teacher":
+        make_pairs(dit, PromptSet(("0", "1")), tmp_path / "pairs", PairSettings(steps=1))
+    content["data"] |= {"make_pairs": {"count": 3, "sampler": "dpm++", "steps": 2, "guidance": 1.5}}
+    if stored is not None:
+        content["data"]["pairs"] = str(tmp_path / "pairs")
+    train(Recipe.from_mapping(content))
+    made = load_pairs(tmp_path / "run" / "cache" / "pairs")
+    assert len(made) == 3 and made.facts["guidance"] == 1.5 and made.facts["steps"] == 2
+    assert "DPMSolverMultistep" in made.facts["sampler.class"]
+
+
+def test_stored_pairs_of_the_teacher_are_taken_as_they_are(sd: ModelFamily, sd_folder: str, tmp_path: Path) -> None:
+    make_pairs(sd, PromptSet(PROMPTS[:2]), tmp_path / "pairs", PairSettings(steps=2))
+    content = tiny_recipe(sd_folder, tmp_path / "run", stages=[stage(1, 1e-3, name="regression")])
+    content["data"] |= {"pairs": str(tmp_path / "pairs"), "make_pairs": {"count": 3}}
+    train(Recipe.from_mapping(content))
+    assert not (tmp_path / "run" / "cache" / "pairs").exists()
+
+
+def test_a_wrong_setting_of_the_pairs_to_make_is_named(sd_folder: str, tmp_path: Path) -> None:
+    content = tiny_recipe(sd_folder, tmp_path / "run", stages=[stage(1, 1e-3, name="regression")])
+    content["data"] |= {"make_pairs": {"sampel": "ddim"}}
+    with pytest.raises(UserError, match=r"recipe: data\.make_pairs\.sampel: unknown key; did you mean 'sampler'"):
+        train(Recipe.from_mapping(content))

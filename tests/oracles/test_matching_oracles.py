@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.condition import Condition
+from stepdistill.errors import UserError
 from stepdistill.losses import dmd_direction, pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Step
 from stepdistill.objectives.dmd2 import DMD2
@@ -259,6 +260,15 @@ def test_each_phase_leaves_gradients_on_its_own_roles_only(objective) -> None:
 def test_dmd2_plays_five_critic_turns_for_one_of_the_student() -> None:
     turns = [(phase.updates, phase.repeats) for phase in DMD2(critic_updates=5).phases(17)]
     assert turns == [(("critic",), 5), (("student",), 1)]
+
+
+def test_the_critic_plays_alone_as_long_as_it_leads() -> None:
+    objective = DMD2(critic_updates=2, critic_lead=3)
+    turns = [[phase.name for phase in objective.phases(step)] for step in range(5)]
+    assert turns == [["critic"]] * 3 + [["critic", "student"]] * 2
+    assert objective.phases(0)[0].repeats == 2
+    with pytest.raises(UserError, match="critic_lead must not be negative"):
+        DMD2(critic_lead=-1)
 
 
 def test_the_critic_loss_weight_does_not_move_its_optimum() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from stepdistill.data import pair_maker
 from stepdistill.data.batches import Batches
 from stepdistill.data.cache import EncodedOnTheFly
-from stepdistill.data.pair_maker import PairSettings, make_pairs, pair_noise
-from stepdistill.data.pairs import PairSet, PairStream, load_pairs, shard_path
+from stepdistill.data.pair_maker import PairSettings, make_pairs
+from stepdistill.data.pairs import PairSet, PairStream, load_pairs, pair_noise, shard_path
 from stepdistill.data.prompts import PromptSet
 from stepdistill.data.sampler import StockSampler
 from stepdistill.errors import UserError
@@ -57,6 +57,30 @@ def test_the_noise_of_a_pair_depends_on_the_seed_and_its_number_alone(family: Mo
     elsewhere = made(tmp_path / "elsewhere", family, count=5, seed=1)
     all_noise = torch.cat([one.batch(range(7)).noise, elsewhere.batch(range(5)).noise]).flatten(1)
     assert len(all_noise.unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize(("files", "error", "factor"), [("float16", 2**-11, 2), ("float8", 2**-4, 4)])
+def test_narrow_files_keep_the_noise_exactly_and_round_the_samples(
+    family: ModelFamily, tmp_path: Path, files: str, error: float, factor: int
+) -> None:
+    wide, narrow = made(tmp_path / "wide", family), made(tmp_path / "narrow", family, files=files)
+    expected, found = wide.batch(range(7)), narrow.batch(range(7))
+    assert torch.equal(found.noise, expected.noise) and found.prompts == expected.prompts
+    assert found.latents.dtype == torch.float32 and not torch.equal(found.latents, expected.latents)
+    # Half a unit in the last place of numbers near one; below the smallest normal number, of that number.
+    assert ((found.latents - expected.latents).abs() <= error * expected.latents.abs().clamp(min=2**-6)).all()
+    with (
+        safe_open(shard_path(tmp_path / "narrow", 0), "pt") as small,
+        safe_open(shard_path(tmp_path / "wide", 0), "pt") as big,
+    ):
+        assert "noise" not in small.keys() and "noise" in big.keys()  # noqa: SIM118
+        assert big.get_tensor("sample").nbytes == factor * small.get_tensor("sample").nbytes
+
+
+def test_files_of_another_type_are_other_pairs(family: ModelFamily, tmp_path: Path) -> None:
+    made(tmp_path / "pairs", family, files="float16")
+    with pytest.raises(UserError, match="files"):
+        made(tmp_path / "pairs", family)
 
 
 def test_a_pair_is_the_samplers_answer_to_its_noise_and_prompt(family: ModelFamily, tmp_path: Path) -> None:

@@ -375,6 +375,7 @@ def test_the_bundled_recipes_are_all_there() -> None:
         "shapes/teacher",
         "shapes/flow_teacher",
         "shapes/dmd2_1step",
+        "shapes/dmd2_plain_1step",
         "shapes/vsd_1step",
         "shapes/dmd2_4step",
     } <= set(bundled_recipes())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.condition import Condition
-from stepdistill.data.pair_maker import pair_noise
+from stepdistill.data.pairs import pair_noise
 from stepdistill.data.sampler import SAMPLERS, StockSampler
 from stepdistill.denoiser import Denoiser, OwnWeights
 from stepdistill.errors import UserError
