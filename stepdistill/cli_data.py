@@ -45,7 +45,7 @@ def pairs(
         typer.Argument(
             metavar="KEY=VALUE",
             help="How the pairs are made: count, sampler (ddim, dpm++, euler, unipc), steps, guidance, seed, states, "
-            "size, precision, files, batch_size, shard_size. Default: the recipe's data.make_pairs.",
+            "size, precision, storage, batch_size, shard_size. Default: the recipe's data.make_pairs.",
         ),
     ] = None,
     prompts: Annotated[

@@ -14,11 +14,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stepdistill.data.pairs import (
-    FILE_TYPES,
     INDEX,
-    FileType,
+    STORAGE,
     PairSet,
     Progress,
+    Storage,
     differences,
     fingerprint_of,
     load_pairs,
@@ -51,8 +51,8 @@ class PairSettings:
         states: timesteps at which what the network is given is kept too, falling.
         size: pixel size of the images; None: the teacher's own.
         precision: fp32, bf16 or fp16, by autocast; the sampler's arithmetic stays in fp32.
-        files: type of the samples and states on disk. float16 and float8 (e4m3) leave the noise out, which seed and
-            number give again.
+        storage: type of samples and states on disk: fp32, or fp16 and fp8 (e4m3), which leave the noise out: seed and
+            number give it again.
         batch_size: pairs made at a time.
         shard_size: pairs per file; an interruption loses less than one file.
     """
@@ -65,7 +65,7 @@ class PairSettings:
     states: tuple[int, ...] = ()
     size: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    files: FileType = "float32"
+    storage: Storage = "fp32"
     batch_size: int = 64
     shard_size: int = 256
 
@@ -131,8 +131,8 @@ class _Maker:
             "precision": settings.precision,
             **{f"sampler.{name}": value for name, value in self._sampler.facts.items()},
         }
-        if settings.files != "float32":
-            facts["files"] = settings.files
+        if settings.storage != "fp32":  # so that pairs from before there was a choice keep their fingerprint
+            facts["storage"] = settings.storage
         self._facts: dict[str, Any] = json.loads(json.dumps(facts))  # as they will be read again
         self._fingerprint = fingerprint_of(self._facts)
 
@@ -175,7 +175,7 @@ class _Maker:
             noise = torch.stack([pair_noise(self._settings.seed, number, self._shape) for number in batch])
             parts.append((noise, self._run(noise, self._texts(batch))))
             progress(batch.stop, self._count)
-        dtype = FILE_TYPES[self._settings.files]
+        dtype = STORAGE[self._settings.storage]
         tensors = {
             "sample": torch.cat([made.sample for _, made in parts]).to("cpu", dtype),
             "prompt_index": torch.tensor([number % len(self._prompts) for number in rows]),

@@ -32,10 +32,8 @@ from stepdistill.seeds import seed_of
 
 Progress = Callable[[int, int], None]  # (pairs done, pairs in all)
 
-FileType = Literal["float32", "float16", "float8"]
-FILE_TYPES: dict[FileType, torch.dtype] = {
-    "float32": torch.float32, "float16": torch.float16, "float8": torch.float8_e4m3fn
-}  # fmt: skip
+Storage = Literal["fp32", "fp16", "fp8"]
+STORAGE: dict[Storage, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 FORMAT = 1  # of the files; part of the fingerprint
 INDEX = "index.json"
 REMEDY = "make them with: stepdistill data pairs RECIPE --output FOLDER"

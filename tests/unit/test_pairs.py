@@ -59,11 +59,11 @@ def test_the_noise_of_a_pair_depends_on_the_seed_and_its_number_alone(family: Mo
     assert len(all_noise.unique(dim=0)) == 12
 
 
-@pytest.mark.parametrize(("files", "error", "factor"), [("float16", 2**-11, 2), ("float8", 2**-4, 4)])
+@pytest.mark.parametrize(("storage", "error", "factor"), [("fp16", 2**-11, 2), ("fp8", 2**-4, 4)])
 def test_narrow_files_keep_the_noise_exactly_and_round_the_samples(
-    family: ModelFamily, tmp_path: Path, files: str, error: float, factor: int
+    family: ModelFamily, tmp_path: Path, storage: str, error: float, factor: int
 ) -> None:
-    wide, narrow = made(tmp_path / "wide", family), made(tmp_path / "narrow", family, files=files)
+    wide, narrow = made(tmp_path / "wide", family), made(tmp_path / "narrow", family, storage=storage)
     expected, found = wide.batch(range(7)), narrow.batch(range(7))
     assert torch.equal(found.noise, expected.noise) and found.prompts == expected.prompts
     assert found.latents.dtype == torch.float32 and not torch.equal(found.latents, expected.latents)
@@ -77,9 +77,9 @@ def test_narrow_files_keep_the_noise_exactly_and_round_the_samples(
         assert big.get_tensor("sample").nbytes == factor * small.get_tensor("sample").nbytes
 
 
-def test_files_of_another_type_are_other_pairs(family: ModelFamily, tmp_path: Path) -> None:
-    made(tmp_path / "pairs", family, files="float16")
-    with pytest.raises(UserError, match="files"):
+def test_files_stored_otherwise_are_other_pairs(family: ModelFamily, tmp_path: Path) -> None:
+    made(tmp_path / "pairs", family, storage="fp16")
+    with pytest.raises(UserError, match="storage"):
         made(tmp_path / "pairs", family)
 
 
