@@ -42,9 +42,11 @@ CELLS = (
     "vsd_1step", "swiftbrush_v2_1step", "esd_1step", "dmd_1step", "dmd2_plain_1step", "dmd2_gan_1step", "dmd2_2step",
     "dmd2_4step", "f_distill_1step", "sid_1step", "sid_4step", "disback_1step", "consistency_1step", "lcm_lora_4step",
     "lcm_4step", "pcm_4step", "tcd_4step", "hyper_lora", "scm_1step", "sprint_1step", "progressive_4step",
-    "lightning_4step", "ladd_1step", "add_1step",
+    "lightning_4step", "ladd_1step", "add_1step", "multi_student_1step", "small_1step",
+    "agd", "guidance_lora", "guidance_embedding",
 )  # fmt: skip
 STEPS = {"hyper_lora": (1, 2, 4, 8)}  # students for several numbers of steps, each of which gets a row
+HYBRIDS = ("dmd2_4step", "lightning_4step")  # students that get a row with their teacher's first step, too
 TEACHER = "teacher:"  # in front of a teacher's path: a cell to compare with
 TEACHER_STEPS = 25
 QUIET = ("previews=null", "bench=null", "checkpoints.keep=1")
@@ -131,15 +133,18 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, A
     per_iteration = json.loads(plan.read_text())
     recipe = scaled(recipe, per_iteration, args.passes)
     result = train(recipe)
-    assert result.pipeline is not None, "every cell's recipe exports its pipeline"
+    assert result.pipeline or result.adapter, "every cell's recipe exports its pipeline, or is an adapter"
     spec = build_objective(recipe.stages[-1].objective, recipe.source).inference()
     assert spec is not None, "every cell makes a few-step student"
     student = ModelUnderTest(
-        name, str(result.pipeline), spec.num_steps, spec.guidance_scale, eta=spec.eta,
+        name, str(result.pipeline or recipe.teacher), spec.num_steps, spec.guidance_scale, eta=spec.eta,
+        adapter=None if result.adapter is None else str(result.adapter),
         train_seconds=RunFolder(result.folder).train_seconds(),
     )  # fmt: skip
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_memory()
     models = [replace(student, name=f"{name}, {n} steps", steps=n) for n in STEPS.get(name, ())] or [student]
+    if name in HYBRIDS:
+        models.append(replace(student, name=f"{name}, hybrid", base=recipe.teacher, base_guidance=args.guidance))
     spent = sum(stage.steps * n for stage, n in zip(recipe.stages, per_iteration, strict=True))
     iterations = sum(stage.steps for stage in recipe.stages)
     facts = {"seed": seed, "teacher": recipe.teacher, "iterations": iterations, "passes": spent,

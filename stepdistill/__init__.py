@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from stepdistill.denoiser import Denoiser
     from stepdistill.errors import UserError
     from stepdistill.families import load_family
+    from stepdistill.guidance.files import load_adapter
     from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Objective, Phase, Step, Trained
     from stepdistill.prediction import Prediction
     from stepdistill.recipe import Recipe
-    from stepdistill.run import RunResult, export, train
+    from stepdistill.routed import load_students
+    from stepdistill.run import RunResult, train
     from stepdistill.schedule import NoiseSchedule
 
 
@@ -45,8 +47,9 @@ _PLACES = {
     "Step": "objectives.base",
     "Trained": "objectives.base",
     "UserError": "errors",
-    "export": "run",
+    "load_adapter": "guidance.files",
     "load_family": "families",
+    "load_students": "routed",
     "train": "run",
 }
 
@@ -68,8 +71,9 @@ __all__ = [
     "Trained",
     "UserError",
     "__version__",
-    "export",
+    "load_adapter",
     "load_family",
+    "load_students",
     "train",
 ]
 

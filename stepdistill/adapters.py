@@ -10,8 +10,8 @@ Two rules make it safe to have student, teacher and critic share one network:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from stepdistill.errors import UserError
 from stepdistill.seeds import seed_of
+
+
+# In a forward pass => a context in which that pass's layers can be computed once more.
+Capture = Callable[[], Callable[[], AbstractContextManager[None]]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class SharedNetwork:
         self.network = network.requires_grad_(False)
         self._layers: list[BaseTunerLayer] = []
         self._route: str | None = None
+        self._captures: list[Capture] = []
 
     def add(self, name: str, settings: LoraSettings, seed: int = 0) -> None:
         """Adds a LoRA that changes nothing yet (B = 0); its A is a function of seed and name on every process.
@@ -88,14 +93,25 @@ class SharedNetwork:
         finally:
             self._apply(before)
 
+    def replay_also(self, capture: Capture) -> None:
+        """Has a recomputation take more than the route of its forward pass.
+
+        Args:
+            capture: called in the forward pass; gives a context for the recomputation.
+        """
+        self._captures.append(capture)
+
     def enable_checkpointing(self) -> None:
         """Activation checkpointing through Diffusers' switch, with a function that replays the route."""
 
         def replaying(function: Any, *args: Any) -> Any:
-            route = self._route
+            route, captured = self._route, [capture() for capture in self._captures]
 
             def run(*inputs: Any) -> Any:
-                with self.routed(route):
+                with ExitStack() as stack:
+                    for context in captured:
+                        stack.enter_context(context())
+                    stack.enter_context(self.routed(route))
                     return function(*inputs)
 
             return checkpoint(run, *args, use_reentrant=False)

@@ -15,6 +15,11 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import AdapterWeights, Denoiser, OwnWeights, Weights, only_trainable
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
+from stepdistill.families.smaller import Plan
+from stepdistill.guidance.attached import AttachedAdapter, BesideWeights
+from stepdistill.guidance.files import build_adapter
+from stepdistill.guidance.modules import AdapterSettings
+from stepdistill.network_shape import NetworkShape
 from stepdistill.objectives.base import Head, Recorded, Role, Trained
 from stepdistill.seeds import seed_of
 
@@ -54,8 +59,9 @@ class RoleState:
 class Cast:
     """All networks of one stage.
 
-    Frozen roles and adapter roles share the teacher's network; a role with full weights gets a copy of its own. Heads
-    are small modules beside them; a recorded role has weights of the same kind as the role it is like.
+    Frozen roles and adapter roles share the teacher's network; a role with full weights gets a copy of its own, or a
+    smaller network that begins with those of the teacher's weights that fit. Heads are small modules beside them; a
+    recorded role has weights of the same kind as the role it is like.
 
     Args:
         family: the loaded teacher.
@@ -86,7 +92,12 @@ class Cast:
         self.recorded = tuple(name for name, role in roles.items() if isinstance(role, Recorded))
         # Copies first: after the first adapter the shared network's layers are wrapped.
         self._embedding = roles_with_guidance(family, roles, lora)
-        copies = {name: self._copy_of_teacher(name) for name in roles if name in networks and name not in self.lora}
+        shapes = shapes_of_roles(family, roles, lora)
+        self._shapes = {name: shapes[kind] for name, kind in kinds.items() if kind in shapes}
+        self._seed = seed
+        beside = adapter_roles(roles, lora)
+        apart = networks - beside.keys() - self.lora.keys()
+        copies = {name: self._copy_of_teacher(name) for name in roles if name in apart}
         self.shared = SharedNetwork(family.network())
         self._weights: dict[str, Weights] = {name: OwnWeights(network) for name, network in copies.items()}
         for name, role in roles.items():
@@ -94,6 +105,8 @@ class Cast:
                 if name in self.lora:
                     self.shared.add(name, self.lora[name], seed)
                 self._weights[name] = AdapterWeights(self.shared, name if name in self.lora else None)
+        for name, settings in beside.items():
+            self._weights[name] = self._beside(settings, seed_of(seed, kinds[name]))
         heads = {name: role for name, role in roles.items() if isinstance(role, Head)}
         self._heads = {name: self._head(role, seed_of(seed, name), size) for name, role in heads.items()}
         self._names: dict[str, str] = {}
@@ -112,11 +125,18 @@ class Cast:
 
     def denoiser(self, role: str) -> Denoiser:
         """The view of one role."""
-        return self.family.denoiser(self._weights[self._name(role)])
+        weights, family = self._weights[self._name(role)], self.family
+        if isinstance(weights, BesideWeights):
+            return Denoiser(weights.told(family.forward), weights, family.schedule, family.kind)
+        return family.denoiser(weights)
 
     def head(self, role: str) -> DenoiserHead:
         """A head, together with the layers whose features it takes."""
         return self._heads[self._name(role)]
+
+    def plan(self, role: str) -> Plan:
+        """A role's network in terms of the teacher's: which of its parts come from which."""
+        return self.family.plan(self._shapes.get(self._name(role)))
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Texts that are no prompts of a batch => their condition, at full precision as cached prompts are."""
@@ -131,9 +151,11 @@ class Cast:
         return self._weights[role].parameters()
 
     def tensors(self, role: str) -> dict[str, Tensor]:
-        """Everything that a checkpoint keeps of a role: its parameters, and a head's buffers."""
-        buffers = dict(self._heads[role].module.named_buffers()) if role in self._heads else {}
-        return {**self.parameters(role), **buffers}
+        """Everything that a checkpoint keeps of a role: its parameters, and buffers of modules of its own."""
+        weights = self._weights.get(role)
+        if role in self._heads:
+            return {**self.parameters(role), **dict(self._heads[role].module.named_buffers())}
+        return weights.tensors() if isinstance(weights, BesideWeights) else {**self.parameters(role)}
 
     def buffers(self) -> list[Tensor]:
         """What heads note down while they compute: not trained, and changed by every pass."""
@@ -192,7 +214,9 @@ class Cast:
         for role in self._weights:
             own = sum(p.numel() for p in self.parameters(role).values()) if role in self.trained else 0
             kind = self._kind(role) if role in self.trained else "recorded" if role in self.recorded else "frozen"
-            rows.append((role, kind, own, total - adapters + (own if role in self.lora else 0)))
+            more = role in self.lora or isinstance(self._weights[role], BesideWeights)
+            size = sum(p.numel() for p in self.parameters(role).values()) if role in self._shapes else total - adapters
+            rows.append((role, kind, own, size + (own if more else 0)))
         for role in self._heads:
             own = sum(p.numel() for p in self.parameters(role).values())
             rows.append((role, "head", own, own))
@@ -200,6 +224,9 @@ class Cast:
 
     def release(self) -> None:
         """Takes the adapters off the teacher's network, so that the next stage finds it as it was loaded."""
+        for weights in self._weights.values():
+            if isinstance(weights, BesideWeights):
+                weights.attached.remove()
         if self.lora:
             plain = self._copy_of_teacher()
             self.family.pipeline.register_modules(**{self.family.network_component: plain})
@@ -213,18 +240,33 @@ class Cast:
         return bool(self.parameters(name)) if isinstance(role, Head) else isinstance(role, Trained)
 
     def _kind(self, role: str) -> str:
-        lora = self.lora.get(role)
-        return "full copy" if lora is None else f"LoRA rank {lora.rank}"
+        lora, weights = self.lora.get(role), self._weights[role]
+        if isinstance(weights, BesideWeights):
+            return f"adapter, {weights.share:.1%}"
+        full = "smaller" if role in self._shapes else "full copy"
+        return full if lora is None else f"LoRA rank {lora.rank}"
+
+    def _beside(self, settings: AdapterSettings, seed: int) -> BesideWeights:
+        """An adapter at work beside the shared network, for as long as its role computes."""
+        attached = AttachedAdapter(self.shared.network, build_adapter(self.shared.network, settings, seed)).install()
+        self.shared.replay_also(attached.capture)
+        return BesideWeights(AdapterWeights(self.shared, None), attached)
 
     def _copy_of_teacher(self, role: str | None = None) -> nn.Module:
-        """A plain network with the teacher's weights, and with the inputs that a role asks for."""
+        """A plain network with the teacher's weights, of the shape and with the inputs that a role asks for."""
         embeds_guidance = role in self._embedding
-        network = self.family.plain_network(embeds_guidance=embeds_guidance)
+        shape = None if role is None else self._shapes.get(role)
+        with torch.random.fork_rng(devices=[]):  # for the weights that a smaller network has not from the teacher
+            torch.manual_seed(seed_of(self._seed, "smaller"))
+            network = self.family.plain_network(embeds_guidance=embeds_guidance, shape=shape)
         state = self.family.network().state_dict()
         plain = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
         if embeds_guidance:
             plain = {**self._silent_guidance(network), **plain}
-        network.load_state_dict(plain)
+        if shape is None:
+            network.load_state_dict(plain)
+        else:
+            self.family.plan(shape).fill(network, plain)
         return network
 
     def _silent_guidance(self, network: nn.Module) -> dict[str, Tensor]:
@@ -260,8 +302,44 @@ class Cast:
     def _enable_checkpointing(self, copies: Iterable[nn.Module]) -> None:
         for network in copies:
             network.enable_gradient_checkpointing()  # type: ignore[operator]
-        if self.lora:
+        if self.lora or any(isinstance(weights, BesideWeights) for weights in self._weights.values()):
             self.shared.enable_checkpointing()
+
+
+def adapter_roles(roles: Mapping[str, Role], lora: Mapping[str, LoraSettings]) -> dict[str, AdapterSettings]:
+    """The adapters of the roles that are one beside the teacher's network, recorded ones included.
+
+    Raises:
+        UserError: one of them is to be a LoRA as well.
+    """
+    trained = {name: role.adapter for name, role in roles.items() if isinstance(role, Trained) and role.adapter}
+    for name in trained.keys() & lora.keys():
+        raise UserError(f"role {name!r} is an adapter beside the network and cannot be a LoRA; leave its weights out "
+                        "of the recipe")  # fmt: skip
+    recorded = {name: role.like for name, role in roles.items() if isinstance(role, Recorded)}
+    return trained | {name: trained[like] for name, like in recorded.items() if like in trained}
+
+
+def shapes_of_roles(
+    family: ModelFamily, roles: Mapping[str, Role], lora: Mapping[str, LoraSettings]
+) -> dict[str, NetworkShape]:
+    """The roles whose networks are smaller than the teacher's.
+
+    Raises:
+        UserError: one of them is to be something beside the teacher's network, or its shape does not fit this one.
+    """
+    found = {}
+    for name, role in roles.items():
+        if not isinstance(role, Trained) or role.shape is None:
+            continue
+        if name in lora:
+            raise UserError(f"role {name!r} is smaller than the teacher, so there is no network for a LoRA of it; "
+                            "give it weights: full, or leave out student.shape")  # fmt: skip
+        if role.adapter is not None:
+            raise UserError(f"role {name!r} is an adapter beside the teacher's own network; leave out student.shape")
+        family.plan(role.shape)  # refuses
+        found[name] = role.shape
+    return found
 
 
 def roles_with_guidance(

@@ -6,8 +6,7 @@ Everything heavy is imported inside the commands, so that help, version and a mi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import stepdistill
+from stepdistill.cli_bench import bench_app
 from stepdistill.cli_data import data_app
+from stepdistill.cli_models import PLAIN_GUIDANCE, PLAIN_STEPS
+from stepdistill.cli_models import facts_of as _facts
+from stepdistill.cli_models import model_under_test as _model_under_test
+from stepdistill.cli_models import parse_model as _parse_model
+from stepdistill.cli_reports import compare, inspect
 from stepdistill.errors import UserError
 from stepdistill.terminal import device_of as _device
 from stepdistill.terminal import hide_loading_bars as _hide_loading_bars
@@ -23,13 +28,10 @@ from stepdistill.terminal import open_console as _console
 
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from stepdistill.bench.benchmark import Progress
-    from stepdistill.bench.generate import ModelUnderTest
+    pass
 
 
-PLAIN_STEPS, PLAIN_GUIDANCE = 25, 3.0  # for models that do not say how they want to be called, such as teachers
+__all__ = ["PLAIN_GUIDANCE", "PLAIN_STEPS", "_facts", "app", "main"]
 
 app = typer.Typer(
     name="stepdistill",
@@ -146,106 +148,34 @@ def sample(  # noqa: PLR0913  # an argument is an option of the command
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     lora: Annotated[str | None, typer.Option(help="LoRA folder or file to load on top of MODEL.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Guidance adapter, told the scale, to put beside MODEL.")] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What not to draw; without guidance it needs --nasa or --nag.")
     ] = None,
     nasa: Annotated[float | None, typer.Option(min=0, help="Strength of the negative prompt, such as 0.3.")] = None,
     nag: Annotated[float | None, typer.Option(min=0, help="The same, normalised; such as 2.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Model that makes the first steps, such as MODEL's teacher: hybrid sampling.")
+    ] = None,
+    base_replaces: Annotated[int, typer.Option(min=1, help="How many of MODEL's steps the base does.")] = 1,
+    base_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the base. Default: as many.")] = None,
+    base_guidance: Annotated[float, typer.Option(min=0, help="The base's guidance scale.")] = PLAIN_GUIDANCE,
+    trace: Annotated[bool, typer.Option("--trace", help="Also draw what every step predicts.")] = False,
+    rule: Annotated[str | None, typer.Option(help="Function that divides prompts among several students.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
 ) -> None:
     """Draw images with plain Diffusers."""
     from stepdistill.draw import Avoid, draw
 
-    called = _model_under_test(model, {"steps": steps, "guidance_scale": guidance_scale, "lora": lora})
+    hybrid = {"base": base, "base_replaces": base_replaces, "base_steps": base_steps, "base_guidance": base_guidance}
+    given = {"steps": steps, "guidance_scale": guidance_scale, "lora": lora, "adapter": adapter, "rule": rule}
+    given |= hybrid if base is not None else {}
+    called = _model_under_test(model, given)
     avoid = Avoid.of(negative_prompt, nasa, nag)
     _hide_loading_bars()
-    for file in draw(called, prompts, output, avoid=avoid, seed=seed, count=count, device=_device("auto")):
+    device = _device("auto")
+    for file in draw(called, prompts, output, avoid=avoid, seed=seed, count=count, device=device, trace=trace):
         typer.echo(str(file))
-
-
-@app.command()
-def bench(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL[,KEY=VALUE]",
-            help="Folders or hub ids, each with what differs from how the model wants to be called: name, steps, "
-            "guidance_scale, lora, scheduler, precision. Example: runs/quickstart assets/shapes/teacher,steps=8",
-        ),
-    ],
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of the protocol.")] = 64,
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Diversity needs at least 2.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per call; does not change them.")] = 64,
-    evaluator: Annotated[str, typer.Option(help="Folder of the CLIPModel that measures.")] = "assets/shapes/clip",
-    output: Annotated[Path, typer.Option(help="Folder for report.json, report.md and pictures.")] = Path("report"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-) -> None:
-    """Measure exported models: quality against network calls."""
-    tested = [_parse_model(text) for text in models]
-    from stepdistill.bench.benchmark import run_benchmark
-    from stepdistill.bench.prompts import ShapesProtocol
-
-    _hide_loading_bars()
-    protocol = ShapesProtocol(prompts=prompts, images_per_prompt=images_per_prompt, evaluator=evaluator)
-    console = _console()
-    with _progress(console) as tell:
-        report = run_benchmark(
-            tested, protocol=protocol, output=output, device=_device(device), batch_size=batch_size, seed=seed,
-            on_progress=tell,
-        )  # fmt: skip
-    console.print(report.to_table())
-    typer.echo(str(output / "report.md"))
-
-
-def _parse_model(text: str) -> ModelUnderTest:
-    """``path,key=value,...`` => how that model is called; defaults come from its folder."""
-    from stepdistill.recipe_text import parse_yaml
-
-    path, *pairs = text.split(",")
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"model {text!r}: {pair!r} is not key=value, for example {path},steps=4")
-        options[key] = parse_yaml(value, f"model {text!r}: {key}")
-    return _model_under_test(path, options)
-
-
-def _model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
-    """How a model is called: as given, else as its distillation_config.json says, else like a teacher."""
-    from stepdistill.bench.generate import ModelUnderTest
-    from stepdistill.options import build_dataclass
-
-    folder = Path(model)
-    path = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
-    options: dict[str, Any] = {
-        "name": folder.name, "path": str(path) if folder.exists() else model, "steps": PLAIN_STEPS,
-        "guidance_scale": PLAIN_GUIDANCE,
-    }  # fmt: skip
-    lora = Path(str(given.get("lora") or ""))
-    facts = _facts(lora) if given.get("lora") else _facts(path)
-    options |= {key: facts[key] for key in ("steps", "guidance_scale", "eta") if key in facts}
-    if given.get("lora") and (lora / "scheduler").is_dir():
-        options["scheduler"] = str(lora / "scheduler")
-    options |= {key: value for key, value in given.items() if value is not None}
-    tested: ModelUnderTest = build_dataclass(ModelUnderTest, options, f"model {model}")
-    return tested
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    import json
-
-    from stepdistill.export.pipeline import FACTS_FILE
-
-    file = folder / FACTS_FILE
-    if not file.is_file():
-        return {}
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); export the model again") from error
-    return facts if isinstance(facts, dict) else {}
 
 
 @app.command()
@@ -263,12 +193,15 @@ def export(
 
     _hide_loading_bars()
     result = export_run(run, checkpoint, output)
-    for folder in (result.pipeline, result.lora):
+    for folder in (result.pipeline, result.lora, result.adapter):
         if folder is not None:
             typer.echo(str(folder))
 
 
+app.add_typer(bench_app)
 app.add_typer(data_app)
+app.command()(compare)
+app.command()(inspect)
 
 
 @app.command()
@@ -349,8 +282,12 @@ def _list_families() -> Listing:
 
 
 def _list_protocols() -> Listing:
-    row = ("shapes", "FID, KID, CLIP score, caption accuracy and diversity on captioned scenes with known contents")
-    return ("name", "measures"), [row]
+    from stepdistill.bench.protocols import STANDARDS
+
+    shapes = ("shapes", "FID, KID, CLIP score, caption accuracy and diversity on captioned scenes with known contents")
+    own = ("prompts:FILE", "CLIP score and further metrics on prompts of one's own")
+    rows = [(name, f"{standard.reference}; {standard.source}") for name, standard in STANDARDS.items()]
+    return ("name", "measures"), [shapes, *rows, own]
 
 
 LISTINGS: dict[Topic, Callable[[], Listing]] = {
@@ -359,21 +296,3 @@ LISTINGS: dict[Topic, Callable[[], Listing]] = {
     Topic.families: _list_families,
     Topic.protocols: _list_protocols,
 }
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """A bar for every part of a benchmark, and the function that moves them."""
-    from rich import progress as bars
-
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(),
-               bars.TimeRemainingColumn())  # fmt: skip
-    tasks: dict[str, bars.TaskID] = {}
-    with bars.Progress(*columns, console=console) as shown:
-
-        def tell(news: Progress) -> None:
-            if news.label not in tasks:
-                tasks[news.label] = shown.add_task(news.label, total=news.total)
-            shown.update(tasks[news.label], completed=news.done)
-
-        yield tell

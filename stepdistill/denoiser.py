@@ -182,32 +182,53 @@ class Denoiser:
         Raises:
             UserError: the network has no such module, or the pass ended without it.
         """
-        network = self.weights.network
-        found: dict[str, Tensor] = {}
-
-        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-                found[name] = output[0] if isinstance(output, tuple) else output
-                if name == layers[-1]:
-                    raise _LastLayerError
-
-            return keep
-
-        model_time = self._model_time(x_t, t)
-        with ExitStack() as stack:
-            for name in layers:
-                stack.enter_context(_hooked(network, name, hook(name)))
-            with self.weights.active(), suppress(_LastLayerError):
-                self._call(network, x_t, model_time, condition)
+        with suppress(_LastLayerError), self._watching(layers, last=layers[-1]) as found:
+            self._native(x_t, self._model_time(x_t, t), condition)
         missing = [name for name in layers if name not in found]
         if missing:
             raise UserError(f"the network's pass does not come by its module {missing[0]!r} before it ends at "
                             f"{layers[-1]!r}; name layers in the order of the pass, or others")  # fmt: skip
         return [found[name] for name in layers]
 
+    def observed(
+        self, x_t: Tensor, t: Tensor, condition: Condition, layers: Sequence[str]
+    ) -> tuple[Prediction, list[Tensor]]:
+        """The prediction, and the outputs of inner modules on the way to it, in one whole pass.
+
+        Args:
+            x_t: noisy sample, (B, C, H, W).
+            t: times in [0, 1], (B,).
+            condition: B rows.
+            layers: names of modules that the pass comes by, in any order.
+
+        Raises:
+            UserError: the network has no such module.
+        """
+        with self._watching(layers) as found:
+            prediction = self(x_t, t, condition)
+        return prediction, [found[name] for name in layers]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """What may be trained in this view, by file name."""
         return self.weights.parameters()
+
+    @contextmanager
+    def _watching(self, layers: Sequence[str], last: str | None = None) -> Iterator[dict[str, Tensor]]:
+        """Inside, passes note the outputs of modules by name, and end at the one called `last`."""
+        found: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+                found[name] = output[0] if isinstance(output, tuple) else output
+                if name == last:
+                    raise _LastLayerError
+
+            return keep
+
+        with ExitStack() as stack:
+            for name in layers:
+                stack.enter_context(_hooked(self.weights.network, name, hook(name)))
+            yield found
 
     def _model_time(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.schedule.model_time(t).to(torch.promote_types(x_t.dtype, torch.float32))

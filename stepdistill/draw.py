@@ -13,7 +13,10 @@ import torch
 from stepdistill.attention import NAG, NASA, Rule, steer
 from stepdistill.bench import generate
 from stepdistill.errors import UserError
+from stepdistill.hybrid import watched
+from stepdistill.routed import RoutedPipeline
 from stepdistill.seeds import own_randomness
+from stepdistill.trace import Trace
 
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ class Avoid:
 
 def draw(
     model: ModelUnderTest, prompts: Sequence[str], output: Path, *, avoid: Avoid | None = None, seed: int = 0,
-    count: int = 1, device: str = "cpu",
+    count: int = 1, device: str = "cpu", trace: bool = False,
 ) -> Iterator[Path]:  # fmt: skip
     """Writes `count` images of every prompt, each from noise that depends on (seed, prompt, number) alone.
 
@@ -65,6 +68,7 @@ def draw(
         seed: of the noise.
         count: images of each prompt.
         device: torch device.
+        trace: writes for each prompt what every network call predicted, too.
 
     Yields:
         The files, as they are written.
@@ -72,18 +76,23 @@ def draw(
     Raises:
         UserError: the model cannot be loaded or steered, or a negative prompt would have no effect.
     """
-    if avoid is not None and avoid.rule is None and model.guidance_scale <= 1:
-        raise UserError(f"a negative prompt does nothing at guidance scale {model.guidance_scale:g}; say how strongly "
-                        "it is to act, with --nasa 0.3 or --nag 2")  # fmt: skip
+    scale = model.guidance_scale if model.base is None else max(model.guidance_scale, model.base_guidance)
+    if avoid is not None and avoid.rule is None and scale <= 1:
+        raise UserError(f"a negative prompt does nothing at guidance scale {scale:g}; say how strongly it is to act, "
+                        "with --nasa 0.3 or --nag 2")  # fmt: skip
     pipeline: Any = generate.load_pipeline(model, device=device)
+    stock = pipeline.stock if isinstance(pipeline, RoutedPipeline) else pipeline
     steering: AbstractContextManager[object] = nullcontext()
     options: dict[str, Any] = generate.call_options(pipeline, model)
     if avoid is not None and avoid.rule is not None:
-        steering = steer(pipeline, avoid.prompt, avoid.rule)
+        steering = steer(stock, avoid.prompt, avoid.rule)
     elif avoid is not None:
-        _check_it_acts(pipeline)
+        _check_it_acts(stock)
         options["negative_prompt"] = [avoid.prompt] * count
     output.mkdir(parents=True, exist_ok=True)
+    seen = Trace()
+    if trace:
+        pipeline = watched(pipeline, seen)
     for number, prompt in enumerate(prompts):
         generators = [torch.Generator().manual_seed(generate.image_seed(seed, number, k)) for k in range(count)]
         with steering, own_randomness(generate.image_seed(seed, number, 0), torch.device(device)):
@@ -91,6 +100,11 @@ def draw(
         for k, image in enumerate(images):
             file = output / f"{number:03d}-{_slug(prompt)}-{seed}-{k}.png"
             image.save(file)
+            yield file
+        if trace:
+            file = output / f"{number:03d}-{_slug(prompt)}-{seed}-trace.png"
+            seen.picture(pipeline, count).save(file)
+            seen.clear()
             yield file
 
 

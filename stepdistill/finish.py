@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.adapters import SharedNetwork, copy_into
+from stepdistill.data.sampler import StockSampler
 from stepdistill.denoiser import AdapterWeights, OwnWeights
+from stepdistill.export.adapter import export_adapter
 from stepdistill.export.lora import difference_lora, export_lora
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.verify import ImageRequest, verify_export
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from stepdistill.cast import RoleState
     from stepdistill.console import Display
     from stepdistill.families.base import ModelFamily
+    from stepdistill.network_shape import NetworkShape
     from stepdistill.objectives.base import InferenceSpec
     from stepdistill.recipe import Recipe
     from stepdistill.run_folder import RunFolder
@@ -30,31 +33,42 @@ if TYPE_CHECKING:
 
 CHECKED_IMAGES = 2
 NOISE_SEED = 0
+OWN_STEPS = 2  # of the check of students that keep the teacher's scheduler, which may take any number
 
 
 def export_student(
     recipe: Recipe, family: ModelFamily, student: RoleState, spec: InferenceSpec | None,
     folder: RunFolder, display: Display,
 ) -> tuple[Path | None, Path | None]:  # fmt: skip
-    """Writes pipeline/ and lora/ as the recipe asks => their folders.
+    """Writes pipeline/ and lora/ as the recipe asks => their folders; of an adapter, adapter/ instead of both.
 
     Raises:
         ExportMismatchError: a fresh process with plain Diffusers does not get the student's images.
     """
-    network = merged_network(family, student)
-    facts = {
+    facts: dict[str, Any] = {
         "method": recipe.stages[-1].objective.name,
         "teacher": recipe.teacher,
         "recipe": recipe.name,
         "recipe_sha256": recipe.sha256,
     }
+    if spec is not None and spec.adapter is not None:
+        export_adapter(family, student.tensors, spec, folder.adapter, facts=facts)
+        display.say(f"{folder.adapter}: an adapter for any checkpoint of this architecture; stepdistill.load_adapter "
+                    "puts it on a stock pipeline")  # fmt: skip
+        return None, None
+    shape = recipe.student.shape
+    network = merged_network(family, student, shape)
+    if shape is not None:
+        facts |= {"shape": asdict(shape), "parameters": sum(p.numel() for p in network.parameters())}
     pipeline = lora = None
     if recipe.export.pipeline:
         pipeline = export_pipeline(family, network, spec, folder.pipeline, facts=facts)
         if spec is not None:
             difference = check(family, network, spec, pipeline, None)
             display.say(f"{pipeline}: a fresh process with plain Diffusers differs by at most {difference:.1e}")
-    if recipe.export.lora and spec is not None and spec.embeds_guidance:
+    if recipe.export.lora and spec is not None and shape is not None:
+        display.say("lora/: left out, since the student is smaller than the network that a LoRA would be for")
+    elif recipe.export.lora and spec is not None and spec.embeds_guidance:
         display.say("lora/: left out, since a LoRA has no layer for the guidance scale that this student takes as an "
                     "input")  # fmt: skip
     elif recipe.export.lora and spec is not None and family.supports_lora_loading:
@@ -62,9 +76,12 @@ def export_student(
     return pipeline, lora
 
 
-def merged_network(family: ModelFamily, student: RoleState) -> nn.Module:
-    """A plain network that computes what the student computes."""
-    network = family.plain_network(embeds_guidance=family.guidance_weight in student.tensors)
+def merged_network(family: ModelFamily, student: RoleState, shape: NetworkShape | None = None) -> nn.Module:
+    """A plain network that computes what the student computes, which is of a shape of its own or the teacher's."""
+    network = family.plain_network(embeds_guidance=family.guidance_weight in student.tensors, shape=shape)
+    if shape is not None:
+        copy_into(dict(network.named_parameters()), student.tensors, "the student")
+        return network
     if student.lora is None:
         trained = {name for name, _ in network.named_parameters()}
         buffers = {name: value for name, value in family.network().state_dict().items() if name not in trained}
@@ -92,7 +109,8 @@ def check(family: ModelFamily, network: nn.Module, spec: InferenceSpec, folder: 
     prompts = _some_prompts(family)
     # DiTPipeline takes no latents: it draws its noise first, from the generator that the request seeds.
     given = noise if family.takes_latents else None
-    request = ImageRequest(prompts, spec.num_steps, spec.guidance_scale, given, NOISE_SEED, spec.eta)
+    steps = OWN_STEPS if spec.sampler == "own" else spec.num_steps
+    request = ImageRequest(prompts, steps, spec.guidance_scale, given, NOISE_SEED, spec.eta)
     try:
         expected = in_memory(family, network.to("cpu"), spec, noise, prompts)
         return verify_export(folder, expected, request, lora=lora)
@@ -107,7 +125,12 @@ def in_memory(
     """The student's images (B, 3, H, W) in [0, 1] from given noise."""
     condition = family.encode_prompts(prompts)
     torch.manual_seed(NOISE_SEED)  # the pipeline draws the noise between steps from a generator of this seed
-    x0 = student_samples(family.denoiser(OwnWeights(network)), noise, condition, spec)
+    student = family.denoiser(OwnWeights(network))
+    if spec.sampler == "own":
+        scheduler, told = family.pipeline.scheduler, spec.told(condition)
+        x0 = StockSampler(student, {}, name=scheduler, steps=OWN_STEPS)(noise, told, told).sample
+    else:
+        x0 = student_samples(student, noise, condition, spec)
     return family.decode_latents(x0)
 
 
@@ -145,14 +168,22 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
     steps, guidance = config.teacher_steps, config.teacher_guidance
     teacher = ModelUnderTest(f"teacher, {steps} steps", recipe.teacher, steps, guidance)
     seconds = folder.train_seconds()
-    path = str(folder.pipeline)
+    several, adapter = recipe.multi_student, None
+    path = str(folder.pipeline if several is None else folder.path)
     if spec is None:
         models = [ModelUnderTest(f"{recipe.name}, {steps} steps", path, steps, guidance, train_seconds=seconds)]
     else:
         one = replace(teacher, name="teacher, 1 step", steps=1, scheduler="lcm")
         plural = "step" if spec.num_steps == 1 else "steps"
-        models = [teacher, one, ModelUnderTest(f"student, {spec.num_steps} {plural}", path, spec.num_steps,
-                                               spec.guidance_scale, eta=spec.eta, train_seconds=seconds)]  # fmt: skip
+        if spec.sampler == "own":
+            one = replace(teacher, name=f"teacher, {steps} steps, no guidance", guidance_scale=1.0)
+        if spec.adapter is not None:
+            path, adapter = recipe.teacher, str(folder.adapter)
+        name = "student" if several is None else f"{several.students} students"
+        rule = None if several is None else several.rule
+        student = ModelUnderTest(f"{name}, {spec.num_steps} {plural}", path, spec.num_steps, spec.guidance_scale,
+                                 eta=spec.eta, train_seconds=seconds, adapter=adapter, rule=rule)  # fmt: skip
+        models = [teacher, one, student]
     protocol = ShapesProtocol(config.prompts, config.images_per_prompt, evaluator=config.evaluator)
     with display.counting("measuring") as count:
         report = run_benchmark(

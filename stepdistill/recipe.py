@@ -24,12 +24,14 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from stepdistill.errors import UserError
-from stepdistill.options import build_named, plain_options
+from stepdistill.network_shape import NetworkShape
+from stepdistill.options import build_named, options_of, plain_options
 from stepdistill.recipe_text import apply_override, dump_yaml, explain, nearest, parse_yaml, to_json
 
 
@@ -186,6 +188,12 @@ class DataConfig(Section):
     size: Count | None = None
 
 
+class StudentConfig(Section):
+    """What the student is beside its teacher: ``shape`` says what its network lacks; null: it is as large."""
+
+    shape: Annotated[NetworkShape, options_of(NetworkShape)] | None = None
+
+
 class CheckpointConfig(Section):
     """How often the run is saved, in steps, and how many of these are kept."""
 
@@ -242,6 +250,28 @@ class BenchConfig(Section):
     evaluator: Text = "assets/shapes/clip"
 
 
+class MultiStudentConfig(Section):
+    """Several students, each for a part of the conditions: ``by`` clusters, classes or ``package.module:function``."""
+
+    students: Count
+    by: Text = "clusters"
+    sample: Count = 8192
+    part: CountOrZero | None = None
+
+    @field_validator("part")
+    @classmethod
+    def _exists(cls, part: int | None, known: ValidationInfo) -> int | None:
+        students = known.data.get("students", 1)
+        if part is not None and part >= students:
+            raise PydanticCustomError("part", "there are students 0 to {last}", {"last": students - 1})
+        return part
+
+    @property
+    def rule(self) -> str | None:
+        """The function that divides the prompts, if one does."""
+        return self.by if ":" in self.by else None
+
+
 class Recipe(Section):
     """A complete description of one run; equal recipes on equal machines give equal weights."""
 
@@ -252,6 +282,8 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
+    multi_student: MultiStudentConfig | None = None
+    student: StudentConfig = StudentConfig()
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     checkpoints: CheckpointConfig = CheckpointConfig()
     previews: PreviewConfig | None = PreviewConfig()
@@ -321,6 +353,8 @@ class Recipe(Section):
     def sha256(self) -> str:
         """Fingerprint of what is computed: all content except where it is written, where it runs and who watches."""
         content = self.model_dump(mode="json", exclude={*NOT_COMPUTED})
+        if self.student.shape is None:
+            del content["student"]  # younger than published results, whose fingerprints shall stay
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -7,15 +7,15 @@ Everything here is composition; the loop is in `trainer.py`, the rules are in `o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepdistill.assets import resolve_bundled
 from stepdistill.console import Display
 from stepdistill.errors import UserError
 from stepdistill.run_folder import RunFolder
+from stepdistill.streams import all_phases, open_batches
 
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from stepdistill.bench.report import Report
     from stepdistill.cast import Cast, RoleState
     from stepdistill.data.batches import Batches
-    from stepdistill.data.pairs import PairSet, PairStream
     from stepdistill.families.base import ModelFamily
-    from stepdistill.objectives.base import InferenceSpec, Objective, Phase
+    from stepdistill.multi_student import Shared
+    from stepdistill.objectives.base import InferenceSpec, Objective
     from stepdistill.player import Player
     from stepdistill.recipe import Recipe, StageConfig
     from stepdistill.trainer import Progress, Trainer
@@ -42,12 +42,14 @@ class RunResult:
         pipeline: the exported Diffusers folder, if the recipe asked for one.
         lora: the exported LoRA folder, if any.
         report: what was measured, if the recipe asked for it.
+        adapter: the exported guidance adapter's folder, if the student is one.
     """
 
     folder: Path
     pipeline: Path | None
     lora: Path | None
     report: Report | None
+    adapter: Path | None = None
 
 
 def train(recipe: Recipe, *, resume: bool | None = None, console: Console | None = None) -> RunResult:
@@ -64,19 +66,29 @@ def train(recipe: Recipe, *, resume: bool | None = None, console: Console | None
         Interrupted: after SIGINT or SIGTERM; the same command goes on from the checkpoint.
     """
     recipe = recipe.resolved()
+    if recipe.multi_student is not None and recipe.multi_student.part is None:
+        from stepdistill.multi_student import train_students
+
+        return train_students(recipe, resume=resume, console=console)
+    return train_one(recipe, None, resume=resume, console=console)
+
+
+def train_one(recipe: Recipe, shared: Shared | None, *, resume: bool | None, console: Console | None) -> RunResult:
+    """As `train`, of a resolved recipe of one student; `shared` is what students of one process have in common."""
     folder = RunFolder(Path(recipe.output), keep=recipe.checkpoints.keep)
     folder.claim(recipe, resume)
-    return _Run(recipe, folder, Display(console)).play()
+    return _Run(recipe, folder, Display(console), shared).play()
 
 
 class _Run:
     """One run in progress."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, display: Display) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, display: Display, shared: Shared | None) -> None:
         import torch
         from accelerate import Accelerator
 
         from stepdistill.families import load_family
+        from stepdistill.multi_student import open_part
         from stepdistill.recipe import build_objective
 
         self.recipe, self.folder, self.display = recipe, folder, display
@@ -96,15 +108,21 @@ class _Run:
         self.family: ModelFamily = load_family(recipe.teacher, device=str(self.accelerator.device))
         self.batches: Batches | None = None
         self._check_export()
+        self.part = open_part(recipe, self.family, folder, shared)
 
     def play(self) -> RunResult:
         """All stages that are not finished yet, then export, measurement and model card."""
+        from stepdistill.small_students import describe
+
+        shape = self.recipe.student.shape
+        if shape is not None:
+            self.display.say(describe(self.family, shape, self.recipe.data.size))
         done = self.folder.stages_done()
         starts = self.folder.load_roles(done - 1) if done else {}
         for index in range(done, len(self.recipe.stages)):
             self.batches = self.batches or open_batches(
                 self.recipe, self.objectives, self.family, self.folder,
-                accelerator=self.accelerator, display=self.display,
+                accelerator=self.accelerator, display=self.display, part=self.part,
             )  # fmt: skip
             starts = {**starts, **self._play_stage(index, starts)}
             if self.accelerator.is_main_process:
@@ -115,12 +133,19 @@ class _Run:
 
     def _check_export(self) -> None:
         """Raises UserError now, and not after the training, if the student cannot be trained or exported as asked."""
-        from stepdistill.cast import roles_with_guidance
+        from stepdistill.cast import adapter_roles, roles_with_guidance, shapes_of_roles
         from stepdistill.export.schedulers import family_scheduler
+        from stepdistill.guidance.wiring import wiring_of
+        from stepdistill.small_students import shaped_roles
         from stepdistill.times import check_timesteps
 
         for stage, objective in zip(self.recipe.stages, self.objectives, strict=True):
-            roles_with_guidance(self.family, objective.roles(), lora_settings(stage, objective, self.family))
+            roles = shaped_roles(objective, self.recipe.student.shape)
+            lora = lora_settings(stage, objective, self.family)
+            roles_with_guidance(self.family, roles, lora)
+            shapes_of_roles(self.family, roles, lora)
+            if adapter_roles(roles, lora):
+                wiring_of(self.family.network())  # refuses
             called = objective.inference()
             check_timesteps(self.family.schedule, () if called is None else called.timesteps)
         wanted = self.recipe.export
@@ -146,14 +171,15 @@ class _Run:
 
     def _build_stage(self, index: int, starts: Mapping[str, RoleState]) -> tuple[Trainer, Cast]:
         from stepdistill.cast import Cast
+        from stepdistill.small_students import shaped_roles
         from stepdistill.trainer import Trainer, TrainerSettings
         from stepdistill.watching import open_monitor
 
         stage, objective, recipe = self.recipe.stages[index], self.objectives[index], self.recipe
         cast = Cast(
-            self.family, objective.roles(), lora=lora_settings(stage, objective, self.family),
-            starts=resolve_starts(stage, starts), checkpointing=stage.checkpointing, seed=recipe.seed,
-            size=recipe.data.size,
+            self.family, shaped_roles(objective, recipe.student.shape),
+            lora=lora_settings(stage, objective, self.family), starts=resolve_starts(stage, starts),
+            checkpointing=stage.checkpointing, seed=recipe.seed, size=recipe.data.size,
         )  # fmt: skip
         self.display.roles(cast.summary())
         players = {name: build_player(name, cast, stage, objective, self.accelerator) for name in cast.trained}
@@ -166,7 +192,7 @@ class _Run:
         )  # fmt: skip
         trainer = Trainer(
             cast, objective, players, self.batches, self.accelerator, settings, self.folder.checkpoints,
-            self.folder.log, monitor=open_monitor(recipe, stage, objective, cast, self.accelerator),
+            self.folder.log, monitor=open_monitor(recipe, stage, objective, cast, self.accelerator, self.part),
             on_step=self._on_step(cast, objective, players["student"], settings.first_step),
         )  # fmt: skip
         return trainer, cast
@@ -178,7 +204,7 @@ class _Run:
         from stepdistill.watching import open_previews, view_of
 
         config = self.recipe.previews
-        previews = open_previews(self.recipe, self.family, objective.inference(), self.folder)
+        previews = open_previews(self.recipe, self.family, objective.inference(), self.folder, self.part)
 
         def on_step(progress: Progress) -> None:
             self.display.step(progress)
@@ -216,12 +242,6 @@ def trained_roles(objective: Objective) -> list[str]:
     return [name for name, role in objective.roles().items() if isinstance(role, Trained | Head)]
 
 
-def all_phases(stage: StageConfig, objective: Objective) -> Iterator[Phase]:
-    """The phases of all iterations of a stage; an objective may change them on the way."""
-    for step in range(stage.steps):
-        yield from objective.phases(step)
-
-
 def lora_settings(stage: StageConfig, objective: Objective, family: ModelFamily) -> dict[str, Any]:
     """The adapters' settings of every role that the recipe trains as LoRA; heads have all their weights anyway."""
     from stepdistill.adapters import LoraSettings
@@ -251,103 +271,6 @@ def build_player(name: str, cast: Cast, stage: StageConfig, objective: Objective
     return Player(name, cast.parameters(name), settings, accelerator)
 
 
-def open_batches(
-    recipe: Recipe,
-    objectives: Sequence[Objective],
-    family: ModelFamily,
-    folder: RunFolder,
-    *,
-    accelerator: Accelerator,
-    display: Display,
-) -> Batches:
-    """Prompts, their encodings, images and pairs, as the recipe says; only the streams that the objectives play."""
-    from stepdistill.data.batches import Batches
-    from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
-    from stepdistill.data.prompts import load_prompts
-
-    data = recipe.data
-    played = zip(recipe.stages, objectives, strict=True)
-    needs = {phase.stream for stage, objective in played for phase in all_phases(stage, objective)}
-    pairs = open_pairs(recipe, family, folder, display) if "pairs" in needs else None
-    prompts = load_prompts(data.prompts, count=data.count)
-    display.say(prompts.summary())
-    cache = ConditionCache(folder.cache, family, prompts) if data.cache and "prompts" in needs else None
-    conditions = cache or EncodedOnTheFly(family, prompts)
-    with display.counting("encoding prompts") as count:
-        conditions.build(count)
-    batches = Batches(family, prompts, conditions, None, recipe.seed, accelerator.process_index,
-                      accelerator.num_processes, data.size, pairs=pairs)  # fmt: skip
-    if data.images is not None and "images" in needs:
-        open_images(batches, recipe, folder, display)
-    return batches
-
-
-def open_images(batches: Batches, recipe: Recipe, folder: RunFolder, display: Display) -> None:
-    """Gives batches their images stream; with a cache, neither autoencoder nor text encoder works at every step."""
-    from stepdistill.data.cache import ConditionCache, EncodedTexts
-    from stepdistill.data.images import load_images
-    from stepdistill.data.latents import LatentCache, LatentsOnTheFly
-    from stepdistill.data.prompts import PromptSet
-
-    data, family = recipe.data, batches.family
-    assert data.images is not None, "the caller asks only if the recipe does"
-    images = load_images(data.images, size=data.size or family.image_size)
-    if not data.cache or data.count is None:
-        batches.latents = LatentsOnTheFly(family, images)
-        return
-    # The number is that of the prompts; a folder may have fewer images.
-    latents = LatentCache(folder.cache, family, images, min(data.count, images.length or data.count))
-    with display.counting("encoding images") as count:
-        latents.build(count)
-    captions = PromptSet(tuple(dict.fromkeys(latents.captions)))
-    conditions = ConditionCache(folder.cache, family, captions)
-    with display.counting("encoding captions") as count:
-        conditions.build(count)
-    batches.latents, batches.encode = latents, EncodedTexts(conditions, captions)
-
-
-def open_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairStream:
-    """The pairs that the recipe names or has made, with their prompts encoded.
-
-    Raises:
-        UserError: it does neither, or they are not of its teacher.
-    """
-    from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
-    from stepdistill.data.pairs import PairStream
-
-    pairs = find_pairs(recipe, family, folder, display)
-    display.say(pairs.summary())
-    cache = ConditionCache(folder.cache, family, pairs.prompts) if recipe.data.cache else None
-    conditions = cache or EncodedOnTheFly(family, pairs.prompts)
-    with display.counting("encoding the prompts of the pairs") as count:
-        conditions.build(count)
-    return PairStream(pairs, conditions)
-
-
-def find_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairSet:
-    """The stored pairs; where there are none of this teacher, and the recipe says how, the run makes them."""
-    from stepdistill.data.pair_maker import PairSettings, make_pairs
-    from stepdistill.data.pairs import REMEDY, load_pairs
-    from stepdistill.data.prompts import load_prompts
-    from stepdistill.options import build_dataclass
-
-    data = recipe.data
-    if data.pairs is None and data.make_pairs is None:
-        raise UserError(f"{recipe.where('data.pairs')}: missing, and an objective learns from stored pairs; {REMEDY}; "
-                        "or say in data.make_pairs how the run is to make them")  # fmt: skip
-    if data.pairs is not None:
-        try:
-            return load_pairs(resolve_bundled(data.pairs), family, size=data.size)
-        except UserError as error:
-            if data.make_pairs is None:
-                raise
-            display.say(f"{error}: this run makes its own")
-    settings: PairSettings = build_dataclass(PairSettings, recipe.pair_options(), recipe.where("data.make_pairs"))
-    prompts, place = load_prompts(data.prompts, count=data.count), folder.cache / "pairs"
-    with display.counting("making pairs") as count:
-        return make_pairs(family, prompts, place, settings, progress=count)
-
-
 def finish(
     recipe: Recipe, family: ModelFamily, roles: Mapping[str, RoleState], spec: InferenceSpec | None,
     folder: RunFolder, display: Display,
@@ -357,13 +280,15 @@ def finish(
     from stepdistill.finish import export_student, measure
 
     pipeline, lora = export_student(recipe, family, roles["student"], spec, folder, display)
+    adapter = folder.adapter if spec is not None and spec.adapter is not None else None
     report = None
-    if recipe.bench is not None and pipeline is not None:
+    # One of several students is measured with the others: alone it knows its own prompts only.
+    if recipe.bench is not None and recipe.multi_student is None and (pipeline is not None or adapter is not None):
         report = measure(recipe, spec, folder, display, str(family.device))
     write_card(folder.path, recipe=recipe.model_dump(mode="json"), spec=spec, report=report,
                picture="report/samples.png" if report is not None else None)  # fmt: skip
     display.say(f"done: {folder.path}")
-    return RunResult(folder.path, pipeline, lora, report)
+    return RunResult(folder.path, pipeline, lora, report, adapter)
 
 
 def export(run: Path, checkpoint: str | None = None, output: Path | None = None) -> RunResult:
@@ -379,10 +304,13 @@ def export(run: Path, checkpoint: str | None = None, output: Path | None = None)
     from stepdistill.recipe import Recipe, build_objective
 
     recipe = Recipe.load(run / "recipe.yaml")
+    if recipe.multi_student is not None and recipe.multi_student.part is None:
+        raise UserError(f"{run}: a run of several students, which are exported one by one: give {run}/student-0")
     source = RunFolder(run)
     family = load_family(recipe.teacher)
     roles, stage = source.roles_of(checkpoint, recipe, family)
     spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
     target = RunFolder(output or run)
     pipeline, lora = export_student(recipe, family, roles["student"], spec, target, Display(None))
-    return RunResult(target.path, pipeline, lora, None)
+    adapter = target.adapter if spec is not None and spec.adapter is not None else None
+    return RunResult(target.path, pipeline, lora, None, adapter)

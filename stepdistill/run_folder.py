@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from stepdistill.recipe import Recipe
 
 
+STUDENT = "student-"  # begins the names of folders of a run with several students
+PARTITION = "partition."  # begins the names of the files that say which prompts are whose
+
+
 class RunFolder:
     """Names of a run's files, and its small records.
 
@@ -37,6 +41,7 @@ class RunFolder:
         self.cache = path / "cache"
         self.pipeline = path / "pipeline"
         self.lora = path / "lora"
+        self.adapter = path / "adapter"
         self.report = path / "report"
         self.checkpoints = Checkpoints(path / "checkpoints", keep)
 
@@ -51,7 +56,7 @@ class RunFolder:
             shutil.rmtree(self.path)
         if record.is_file():
             self._check_same(recipe, record)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not file.name.startswith(PARTITION) for file in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another folder with output=...")
         if resume and not (self.checkpoints.steps() or self.stages_done()):
             raise UserError(f"{self.path} holds no checkpoint to resume from; start without --resume")
@@ -68,8 +73,9 @@ class RunFolder:
         return 1 + max((int(path.name.removeprefix("stage-")) for path in found), default=-1)
 
     def train_seconds(self) -> float:
-        """Time spent in iterations, over all sessions of the run."""
-        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        """Time spent in iterations, over all sessions of the run and all students that it has."""
+        logs = [self.log, *sorted(self.path.glob(f"{STUDENT}*/{self.log.name}"))]
+        lines = [line for log in logs if log.is_file() for line in log.read_text().splitlines()]
         return float(sum(json.loads(line)["seconds"] for line in lines if line.endswith("}")))
 
     def save_roles(self, stage: int, roles: Mapping[str, RoleState]) -> None:

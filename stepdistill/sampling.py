@@ -74,8 +74,10 @@ def few_steps(
 
 def student_samples(student: Denoiser, noise: Tensor, condition: Condition, spec: InferenceSpec) -> Tensor:
     """Unit-variance noise => samples, (B, C, H, W), with the timesteps and the sampler of a finished student."""
-    times = grid(student.schedule, spec.timesteps, noise.device)
-    return few_steps(student, noise, times, spec.told(condition), spec.sampler, spec.eta)
+    times, told = grid(student.schedule, spec.timesteps, noise.device), spec.told(condition)
+    if spec.sampler == "own":
+        return ddim(student, noise, times, told, null=told, guidance=1.0)
+    return few_steps(student, noise, times, told, spec.sampler, spec.eta)
 
 
 def tcd_step(denoiser: Denoiser, prediction: Prediction, t: Tensor, eta: float) -> Tensor:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from stepdistill.cast import Cast
+    from stepdistill.data.parts import Part
     from stepdistill.denoiser import Denoiser
     from stepdistill.families.base import ModelFamily
     from stepdistill.objectives.base import InferenceSpec, Objective
@@ -22,30 +23,42 @@ if TYPE_CHECKING:
 
 
 def open_previews(
-    recipe: Recipe, family: ModelFamily, spec: InferenceSpec | None, folder: RunFolder
+    recipe: Recipe, family: ModelFamily, spec: InferenceSpec | None, folder: RunFolder, part: Part | None = None
 ) -> Previews | None:
     """What draws the preview grids, or None."""
     config = recipe.previews
     if config is None:
         return None
     given = config.prompts
-    prompts = load_prompts(recipe.data.prompts, count=given).prompts if isinstance(given, int) else given
+    prompts = first_prompts(recipe, given, part) if isinstance(given, int) else given
     return Previews(family, prompts, spec, folder.previews, config.seed, guidance=teacher_guidance(recipe),
                     size=recipe.data.size)  # fmt: skip
 
 
 def open_monitor(
-    recipe: Recipe, stage: StageConfig, objective: Objective, cast: Cast, accelerator: Accelerator
+    recipe: Recipe,
+    stage: StageConfig,
+    objective: Objective,
+    cast: Cast,
+    accelerator: Accelerator,
+    part: Part | None = None,
 ) -> Monitor | None:
     """What measures the student of a stage, or None."""
     if recipe.health is None:
         return None
     settings = HealthSettings(**recipe.health.model_dump(exclude={"skips"}))
-    prompts = load_prompts(recipe.data.prompts, count=settings.prompts).prompts
+    prompts = first_prompts(recipe, settings.prompts, part)
     return Monitor.of(
         cast, objective, prompts, settings, size=recipe.data.size, guidance=teacher_guidance(recipe),
         rows=stage.batch_size, agree=lambda values: accelerator.reduce(values, reduction="mean"),
     )  # fmt: skip
+
+
+def first_prompts(recipe: Recipe, count: int, part: Part | None) -> tuple[str, ...]:
+    """The first prompts of the data, of one of several students the first of its own."""
+    if part is None:
+        return load_prompts(recipe.data.prompts, count=count).prompts
+    return part.prompts(load_prompts(recipe.data.prompts, count=recipe.data.count)).prompts[:count]
 
 
 def view_of(cast: Cast, objective: Objective, name: str) -> Denoiser | None:

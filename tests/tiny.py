@@ -170,6 +170,7 @@ def trainer_of(
     accelerator: Accelerator | None = None,
     checkpointing: bool = False,
     player: Mapping[str, Any] | None = None,
+    texts: Sequence[str] = PROMPTS,
     **settings: Any,
 ) -> Trainer:
     """A trainer of one stage without a recipe; the folder, if any, gets checkpoints and the log."""
@@ -182,7 +183,7 @@ def trainer_of(
     players = {
         name: Player(name, cast.parameters(name), PlayerSettings(**options), accelerator) for name in cast.trained
     }
-    prompts = PromptSet(PROMPTS)
+    prompts = PromptSet(tuple(texts))
     batches = Batches(
         family, prompts, EncodedOnTheFly(family, prompts), None, 0, accelerator.process_index,
         accelerator.num_processes,

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from stepdistill.assets import resolve_model_path
-from stepdistill.bench import plots, report
-from stepdistill.bench.generate import Generated, ModelUnderTest, generate_images, load_pipeline
-from stepdistill.bench.metrics import shapes_judge
-from stepdistill.bench.metrics.clip_score import ClipEvaluator, clip_scores
-from stepdistill.bench.metrics.frechet import Moments, frechet_distance, kernel_distance
-from stepdistill.bench.metrics.manifold import precision_recall
-from stepdistill.bench.prompts import ShapesProtocol, render_scenes
-from stepdistill.data import shapes
+from stepdistill.bench import page, plots, report
+from stepdistill.bench.cells import Cell, Share, Stored
+from stepdistill.bench.generate import Cost, Job, ModelUnderTest, Painter, load_pipeline, paint, peak_gib, reset_peak
+from stepdistill.bench.intervals import Resamples
+from stepdistill.bench.loading import image_files
+from stepdistill.bench.meter import denoisers, metered
+from stepdistill.bench.metrics.base import Observer, Seen
+from stepdistill.bench.metrics.networks import as_bytes
+from stepdistill.bench.metrics.weights import Weights
+from stepdistill.bench.models import Folder, identity
+from stepdistill.bench.prompts import ShapesProtocol
+from stepdistill.bench.protocols import PromptProtocol
+from stepdistill.bench.scorer import Scorer
+from stepdistill.bench.study import Progress, Study
 from stepdistill.errors import UserError
 
 
-CHUNK = 128  # images that are rendered, and given to the evaluator, at a time
+__all__ = ["Options", "Progress", "Provenance", "Scorer", "run_benchmark"]
+
 SAMPLE_PROMPTS, SAMPLE_IMAGES = 8, 3  # of the picture: rows, and images of one model in a row
+LATENCY_CALLS = 3  # of which the middle one counts, after one that does not
+
+Tell = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -35,137 +47,227 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a benchmark has come: `done` of `total` images of the part called `label`."""
+class Options:
+    """How a benchmark is worked off.
 
-    label: str
-    done: int
-    total: int
-
-
-class Scorer:
-    """Everything about a protocol that is the same for all models: prompts, evaluator, real features.
-
-    Args:
-        protocol: what is measured.
-        device: where the evaluator computes.
-        on_progress: is told while the reference is made.
+    Attributes:
+        metrics: names, see `stepdistill.bench.metrics.kit`; None takes the protocol's usual ones.
+        weights: where the networks of metrics lie.
+        exact: the rows of a batch are computed one by one, so that batch size and number of processes change not even
+            the rounding; takes longer.
+        save_images: also writes every image, below output/images.
+        share: which of several processes this is.
     """
 
-    def __init__(
-        self,
-        protocol: ShapesProtocol,
-        *,
-        device: str = "cpu",
-        on_progress: Callable[[Progress], None] | None = None,
-    ) -> None:
-        self.protocol = protocol
-        self.cases = protocol.captions()
-        self.completions = protocol.completions()
-        self.evaluator = ClipEvaluator(resolve_model_path(protocol.evaluator), device=device)
-        self.reference = self._scene_features(protocol.reference_scenes(), on_progress)
-        self.reference_moments = Moments(self.reference.shape[1]).add(self.reference)
-        captions = [case.caption for case in self.cases]
-        self.text_features = self.evaluator.text_features(captions).repeat_interleave(protocol.images_per_prompt, 0)
-
-    def _scene_features(
-        self, scenes: Sequence[shapes.Scene], on_progress: Callable[[Progress], None] | None = None
-    ) -> Tensor:
-        features = []
-        for start in range(0, len(scenes), CHUNK):
-            features.append(self.evaluator.image_features(render_scenes(scenes[start : start + CHUNK])))
-            if on_progress is not None:
-                on_progress(Progress("real images", min(start + CHUNK, len(scenes)), len(scenes)))
-        return torch.cat(features)
-
-    def feature_scores(self, features: Tensor) -> dict[str, float]:
-        """Features of a model's images (N, D), prompt by prompt => fid, kid, clip_score, precision, recall."""
-        return {
-            "fid": frechet_distance(Moments(features.shape[1]).add(features), self.reference_moments),
-            "kid": kernel_distance(features, self.reference),
-            "clip_score": clip_scores(features, self.text_features).mean().item(),
-            **precision_recall(features, self.reference[: len(features)])._asdict(),
-        }
-
-    def real_scores(self) -> dict[str, float]:
-        """What real scenes for the same prompts would get: the best that a model can hope for, and its bias in FID."""
-        return self.feature_scores(self._scene_features([scene for scenes in self.completions for scene in scenes]))
-
-    def judge_scores(self, images: Tensor) -> dict[str, float | None]:
-        """Images (N, 3, 64, 64) in [0, 1], prompt by prompt => caption_accuracy, images_all_correct, diversity."""
-        per_prompt = self.protocol.images_per_prompt
-        readings = shapes_judge.read_images(images)
-        demands = [case.demand for case in self.cases]
-        grouped = [readings[i : i + per_prompt] for i in range(0, len(readings), per_prompt)]
-        shares = shapes_judge.accuracy(readings, [d for d in demands for _ in range(per_prompt)])
-        return {**shares._asdict(), "diversity": shapes_judge.diversity(grouped, demands, self.completions)}
-
-    def row(self, model: ModelUnderTest, made: Generated) -> report.Row:
-        """All figures of one model."""
-        images = made.images
-        if not torch.isfinite(images).all():
-            raise UserError(f"{model.name}: made images with NaN or infinity; the model has diverged, or try fp32")
-        features = torch.cat([self.evaluator.image_features(chunk) for chunk in torch.split(images, CHUNK)])
-        return report.Row(
-            model=model.name, nfe=made.nfe, images=len(images), **self.feature_scores(features),
-            **self.judge_scores(images), ms_per_image=made.ms_per_image, train_seconds=model.train_seconds,
-            peak_gib=made.peak_gib,
-        )  # fmt: skip
+    metrics: tuple[str, ...] | None = None
+    weights: Weights = field(default_factory=Weights)
+    exact: bool = False
+    save_images: bool = False
+    share: Share = field(default_factory=Share)
 
 
-def run_benchmark(
+PLAIN, UNKNOWN = Options(), Provenance()
+
+
+def run_benchmark(  # noqa: PLR0913  # what the command asks for
     models: Sequence[ModelUnderTest],
     *,
-    protocol: ShapesProtocol,
+    protocol: ShapesProtocol | PromptProtocol,
     output: Path,
     device: str = "cpu",
     batch_size: int = 64,
     seed: int = 0,
-    on_progress: Callable[[Progress], None] | None = None,
-    provenance: Provenance = Provenance(),
+    on_progress: Tell | None = None,
+    provenance: Provenance = UNKNOWN,
+    options: Options = PLAIN,
 ) -> report.Report:
     """Measures every model on the same prompts from the same noise.
 
+    What was seen of each batch is kept in output/cells, so that the same call goes on where it was stopped, and a
+    further model costs only itself.
+
     Args:
-        models: exported models, in the order of the table.
-        protocol: prompts, numbers and evaluator.
-        output: folder that gets report.json, report.md, pareto.png and samples.png.
+        models: exported models, in the order of the table; the first is what distances between models start from.
+        protocol: prompts, numbers and reference.
+        output: folder that gets report.json, report.md, report.html, pareto.png and samples.png.
         device: "cpu", "cuda", "cuda:1".
         batch_size: images per call; does not change the images.
         seed: of the noise.
         on_progress: is told how far it is; nothing is printed here.
         provenance: name of the report and hash of the recipe.
+        options: how it is worked off.
+
+    Returns:
+        The report. Processes but the first return one without rows, and write none.
 
     Raises:
         UserError: if no model is given, two have one name, or one cannot be loaded.
     """
     _check(models, batch_size)
-    scorer = Scorer(protocol, device=device, on_progress=on_progress)
-    captions = [case.caption for case in scorer.cases]
-    rows, samples = [], {}
-    for model in models:
-
-        def tell(done: int, total: int, label: str = model.name) -> None:
-            if on_progress is not None:
-                on_progress(Progress(label, done, total))
-
-        made = generate_images(
-            load_pipeline(model, device=device), captions, model=model, images_per_prompt=protocol.images_per_prompt,
-            seed=seed, batch_size=batch_size, on_progress=tell,
-        )  # fmt: skip
-        rows.append(scorer.row(model, made))
-        samples[model.name] = made.images.reshape(protocol.prompts, -1, *made.images.shape[1:])[
-            :SAMPLE_PROMPTS, :SAMPLE_IMAGES
-        ]
-    result = report.Report(
+    if isinstance(protocol, ShapesProtocol):
+        scorer = Scorer(protocol, device=device, on_progress=on_progress)
+        study = scorer.study(options.metrics, options.weights)
+    else:
+        study = protocol.study(device, options.metrics, options.weights)
+    runner = Runner(study, output, device, batch_size, seed, options, on_progress)
+    stored = {model.name: runner.observe(model) for model in models}
+    called = [{key: value for key, value in asdict(model).items() if key != "train_seconds"} for model in models]
+    facts = {**study.facts, "models": called, "weights": study.weights, "missing": dict(study.missing),
+             "cells": {name: facts for name, (_, facts) in stored.items()}, "exact": options.exact}  # fmt: skip
+    found = report.Report(
         name=provenance.name, date=report.today(), device=report.device_name(device),
-        versions=report.installed_versions(), seeds={"prompts": protocol.seed, "noise": seed},
-        recipe_sha256=provenance.recipe_sha256, protocol=_described(protocol, models, scorer), rows=tuple(rows),
+        versions=report.installed_versions(), seeds={**study.seeds, "noise": seed},
+        recipe_sha256=provenance.recipe_sha256, protocol=facts,
+        rows=tuple(_rows(study, models, stored)) if options.share.index == 0 else (),
     )  # fmt: skip
-    report.save_report(result, output)
-    plots.pareto(result, output / "pareto.png")
+    if options.share.index == 0:
+        samples = {name: _samples(each, study.images_per_prompt) for name, (each, _) in stored.items()}
+        _write(found, samples, study.prompts, output)
+    return found
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Works off the cells of a benchmark; arguments are those of `run_benchmark`."""
+
+    study: Study
+    output: Path
+    device: str
+    batch_size: int
+    seed: int
+    options: Options
+    on_progress: Tell | None = None
+
+    def observe(self, model: ModelUnderTest) -> tuple[Stored, dict[str, Any]]:
+        """Makes what is missing of a model's images and takes from them what metrics need => all, and facts of it."""
+        share, total, what = self.options.share, self.study.num_images, self._identity(model)
+        cell = Cell(self.output, model.name, what)
+        missing = cell.missing(total)
+        files = image_files(model.path)
+        share.wait()  # for all to have seen what is missing before the first adds to it
+        batches = [missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)]
+        mine, done = batches[share.index :: share.count], total - len(missing)
+        self._tell(model, done)
+        for batch, images, cost in self._made(model, files, mine, cell):
+            self._keep(cell, model, batch, images, cost)
+            done += len(batch)
+            self._tell(model, done)
+        share.wait()
+        stored = cell.load(total)
+        return stored, {**(cell.remembered() or {}), "model": what["model"]}
+
+    def _made(
+        self, model: ModelUnderTest, files: Sequence[Path], batches: Sequence[list[int]], cell: Cell
+    ) -> Iterator[tuple[list[int], Tensor, Cost]]:
+        if files:
+            if len(files) < self.study.num_images:
+                raise UserError(f"{model.name}: {model.path} holds {len(files):,} images, the protocol wants "
+                                f"{self.study.num_images:,}, those of a prompt together, by name")  # fmt: skip
+            folder = Folder(model.name, files, self.study.images_per_prompt)
+            for batch in batches:
+                yield batch, folder(self._jobs(batch)), Cost()
+            return
+        if not batches:
+            return
+        pipeline = load_pipeline(model, device=self.device)
+        painter = Painter(pipeline, model, self.study.prompts, self.seed, self.options.exact)
+        if self.options.share.index == 0 and cell.remembered() is None:
+            size = sum(p.numel() for network in denoisers(pipeline) for p in network.parameters())
+            with metered(pipeline) as meter:
+                cell.remember({"latency_ms": _latency_ms(painter, meter.now), "parameters": size})
+        reset_peak(self.device)
+        if len(batches) == 1:
+            painter(self._jobs(batches[0]))  # time leaves out a process's first batch, which also warms up
+        with metered(pipeline) as meter:
+            for number, batch in enumerate(batches):
+                timed = bool(number) or len(batches) == 1
+                yield batch, *paint(painter, self._jobs(batch), meter, timed=timed)
+
+    def _keep(self, cell: Cell, model: ModelUnderTest, batch: list[int], images: Tensor, cost: Cost) -> None:
+        if not torch.isfinite(images).all():
+            raise UserError(f"{model.name}: made images with NaN or infinity; the model has diverged, or try fp32")
+        prompts = [self.study.prompts[p] for p, _ in self._jobs(batch)]
+        values = {name: self._look(observer, images, prompts) for name, observer in self.study.observers.items()}
+        seen = as_bytes(images)
+        kept = {job: seen[i] for i, job in enumerate(batch) if self._jobs([job])[0][0] < self.study.kept_prompts}
+        if self.options.save_images:
+            folder = self.output / "images" / cell.slug
+            folder.mkdir(parents=True, exist_ok=True)
+            for (prompt, k), image in zip(self._jobs(batch), seen, strict=True):
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{prompt:06d}-{k}.png")
+        cell.save(batch, values, kept, cost, peak_gib(self.device))
+
+    def _look(self, observer: Observer, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if not self.options.exact:
+            return observer(images, prompts)
+        return torch.cat([observer(images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
+
+    def _jobs(self, numbers: Sequence[int]) -> list[Job]:
+        return [divmod(number, self.study.images_per_prompt) for number in numbers]
+
+    def _identity(self, model: ModelUnderTest) -> dict[str, Any]:
+        study, versions = self.study, report.installed_versions()
+        prompts = hashlib.sha256("\n".join(study.prompts).encode()).hexdigest()
+        return {
+            "model": identity(model), "prompts_sha256": prompts, "images_per_prompt": study.images_per_prompt,
+            "seed": self.seed, "observers": sorted(study.observers), "weights": study.weights,
+            "kept_prompts": study.kept_prompts, "exact": self.options.exact, "images": self.options.save_images,
+            "prepared": {key: study.facts.get(key) for key in ("side", "features", "prefix")},
+            "device": self.device.partition(":")[0],
+            "versions": {name: version for name, version in versions.items() if name != "stepdistill"},
+        }  # fmt: skip
+
+    def _tell(self, model: ModelUnderTest, done: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(Progress(model.name, done, self.study.num_images))
+
+
+def _rows(
+    study: Study, models: Sequence[ModelUnderTest], stored: Mapping[str, tuple[Stored, Mapping[str, Any]]]
+) -> Iterator[report.Row]:
+    """All figures of every model."""
+    resamples, baseline = Resamples(len(study.prompts)), None
+    columns = {entry.name for entry in fields(report.Row)}
+    for model in models:
+        parts, facts = stored[model.name]
+        seen = Seen(study.prompts, study.images_per_prompt, parts.values, parts.images, baseline)
+        baseline = baseline or seen
+        found = {name: e for metric in study.metrics for name, e in metric.figures(seen, resamples).items()}
+        values = {name: estimate.value for name, estimate in found.items() if name in columns}
+        others = {name: e.value for name, e in found.items() if name not in columns and e.value is not None}
+        cost, timed = parts.cost, bool(parts.cost.timed)
+        yield report.Row(
+            model=model.name, nfe=cost.nfe if cost.made else None, images=study.num_images, **values,
+            ms_per_image=cost.ms_per_image if timed else None, train_seconds=model.train_seconds,
+            peak_gib=parts.peak_gib, latency_ms=facts.get("latency_ms"), parameters=facts.get("parameters"),
+            images_per_second=cost.timed / cost.seconds if timed else None, times=cost.times or None,
+            intervals={name: list(e.interval) for name, e in found.items() if e.interval is not None} or None,
+            others=others or None,
+        )  # fmt: skip
+
+
+def _samples(parts: Stored, images_per_prompt: int) -> Tensor:
+    """(P, K, 3, H, W) in [0, 1] for the first prompts."""
+    each = parts.images.reshape(-1, images_per_prompt, *parts.images.shape[1:])
+    return each[:SAMPLE_PROMPTS, :SAMPLE_IMAGES].float() / 255
+
+
+def _write(found: report.Report, samples: Mapping[str, Tensor], captions: Sequence[str], output: Path) -> None:
+    report.save_report(found, output)
+    plots.pareto(found, output / "pareto.png")
     plots.sample_grid(samples, captions, output / "samples.png")
-    return result
+    page.save_page(found, samples, captions, output / "report.html")
+
+
+def _latency_ms(painter: Painter, now: Callable[[], float]) -> float:
+    """Milliseconds of a call for one image, text included, when everything is warm."""
+    painter([(0, 0)])
+    spent = []
+    for _ in range(LATENCY_CALLS):
+        began = now()
+        painter([(0, 0)])
+        spent.append(now() - began)
+    return 1000 * statistics.median(spent)
 
 
 def _check(models: Sequence[ModelUnderTest], batch_size: int) -> None:
@@ -177,8 +279,3 @@ def _check(models: Sequence[ModelUnderTest], batch_size: int) -> None:
         raise UserError(f"bench: two models are called {twice!r}; give each its own name")
     if batch_size < 1:
         raise UserError(f"bench.batch_size is {batch_size}; it must be at least 1")
-
-
-def _described(protocol: ShapesProtocol, models: Sequence[ModelUnderTest], scorer: Scorer) -> Mapping[str, Any]:
-    called = [{k: v for k, v in asdict(model).items() if k != "train_seconds"} for model in models]
-    return {"kind": "shapes", **asdict(protocol), "models": called, "real": scorer.real_scores()}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.assets import resolve_model_path
+from stepdistill.bench.loading import first_line, open_pipeline, put_on_adapter
+from stepdistill.bench.meter import Meter, metered, timed_parts
+from stepdistill.bench.rows import one_by_one, own_noise
 from stepdistill.errors import UserError
+from stepdistill.hybrid import HybridPipeline
+from stepdistill.routed import RoutedNetwork
 from stepdistill.seeds import own_randomness
 
 
@@ -40,7 +44,8 @@ class ModelUnderTest:
 
     Args:
         name: what tables and pictures call it.
-        path: Diffusers folder or hub id; "assets/..." is found also if bundled.
+        path: Diffusers folder, hub id, or one file of weights; "assets/..." is found also if bundled. Or a folder of
+            images made elsewhere, prompt by prompt in order of their names: nothing below matters for those.
         steps: `num_inference_steps`.
         guidance_scale: 1 is no guidance, more doubles the network's batch.
         eta: share of fresh noise between steps, of models with a TCDScheduler; pipelines without such an argument do
@@ -51,6 +56,15 @@ class ModelUnderTest:
             scheduler_config.json.
         precision: "fp32", "bf16" or "fp16". Noise is drawn in it too, so compare models of one precision.
         train_seconds: what its training took, if known: carried into the report.
+        base: folder or hub id of the model that makes the first steps, for hybrid sampling; None: there is none.
+        base_replaces: how many of the model's steps the base does.
+        base_steps: steps of the base; None: as many.
+        base_guidance: the base's guidance scale.
+        adapter: folder or file for `stepdistill.load_adapter`, on top of the pipeline; `guidance_scale` is then what
+            the adapter is told, and the network's batch is not doubled.
+        config: of one file of weights, the Diffusers folder or hub id whose other files it goes with; None asks the
+            hub for what fits.
+        rule: of several students whose prompts are divided by a function, that function: "package.module:name".
     """
 
     name: str
@@ -62,19 +76,28 @@ class ModelUnderTest:
     precision: str = "fp32"
     train_seconds: float | None = None
     eta: float = 0.0
+    base: str | None = None
+    base_replaces: int = 1
+    base_steps: int | None = None
+    base_guidance: float = 3.0
+    adapter: str | None = None
+    config: str | None = None
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
 class Generated:
     """Images (N, 3, H, W), float32 in [0, 1] on the CPU, prompt by prompt, and what one of them cost.
 
-    `nfe`: network calls per image. `ms_per_image`: denoiser and decoder. `peak_gib`: None unless on CUDA.
+    `nfe`: network calls per image. `ms_per_image`: denoiser and decoder. `peak_gib`: None unless on CUDA. `times`:
+    milliseconds per image in text encoders, denoiser and decoder.
     """
 
     images: Tensor
     nfe: float
     ms_per_image: float
     peak_gib: float | None
+    times: Mapping[str, float] = field(default_factory=dict)
 
 
 def load_pipeline(model: ModelUnderTest, *, device: str = "cpu") -> DiffusionPipeline:
@@ -83,33 +106,43 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu") -> DiffusionPip
     Raises:
         UserError: if the folder, the LoRA or the scheduler cannot be loaded; the text names the model.
     """
-    from diffusers import DiffusionPipeline
-
     if model.precision not in PRECISIONS:
         raise UserError(f"{model.name}: precision {model.precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
-    path = resolve_model_path(model.path)
+    path, dtype = resolve_model_path(model.path), PRECISIONS[model.precision]
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=PRECISIONS[model.precision], use_safetensors=True)
+        pipeline = open_pipeline(model, path, dtype)
     except (OSError, ValueError, AttributeError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{model.name}: {path} cannot be loaded as a Diffusers pipeline ({reason})") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"{model.name}: {type(pipeline).__name__} takes no prompt; the benchmark needs text-to-image")
     if model.lora is not None:
         _load_lora(pipeline, model)
+    if model.adapter is not None:
+        put_on_adapter(pipeline, model.adapter, model.guidance_scale, model.name)
     if model.scheduler is not None:
         pipeline.scheduler = _scheduler(model, pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         # The loader leaves some parts in the precision of their files, and they would not fit the others.
-        if isinstance(part, nn.Module) and any(p.dtype != PRECISIONS[model.precision] for p in part.parameters()):
-            part.to(PRECISIONS[model.precision])
-    return pipeline.to(device)
+        if isinstance(part, nn.Module) and any(p.dtype != dtype for p in part.parameters()):
+            part.to(dtype)
+    return _with_base(pipeline.to(device), model)
+
+
+def _with_base(pipeline: Any, model: ModelUnderTest) -> Any:
+    """The pipeline itself, or behind the model that makes its first steps."""
+    if model.base is None:
+        return pipeline
+    plain = replace(model, path=model.base, lora=None, scheduler=None, adapter=None, config=None, base=None)
+    base = load_pipeline(plain, device=str(pipeline.device))
+    return HybridPipeline(base, pipeline, model.base_replaces, model.base_steps, model.base_guidance)
 
 
 def call_options(pipeline: DiffusionPipeline, model: ModelUnderTest) -> dict[str, float]:
     """Arguments of the pipeline's call that say how the model is sampled."""
-    options = {"num_inference_steps": model.steps, "guidance_scale": model.guidance_scale}
+    guidance = model.guidance_scale if model.adapter is None else 1.0
+    options = {"num_inference_steps": model.steps, "guidance_scale": guidance}
     return {**options, "eta": model.eta} if "eta" in inspect.signature(pipeline.__call__).parameters else options
 
 
@@ -120,7 +153,7 @@ def _load_lora(pipeline: DiffusionPipeline, model: ModelUnderTest) -> None:
         kind = type(pipeline).__name__
         raise UserError(f"{model.name}: {kind} cannot load LoRA weights; give a folder with merged ones") from error
     except (OSError, ValueError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{model.name}: {model.lora} cannot be loaded as LoRA weights ({reason})") from error
 
 
@@ -141,65 +174,106 @@ def _scheduler(model: ModelUnderTest, present: Any) -> Any:
     return getattr(diffusers, own["_class_name"]).from_config(own)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def image_seed(seed: int, prompt: int, image: int) -> int:
     """The noise seed of one image: a function of these numbers alone, so that batches and models share it."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{prompt}/{image}".encode()).digest()[:7], "big")
 
 
+Job = tuple[int, int]  # number of the prompt, number of its image
+
+
+@dataclass(frozen=True)
+class Painter:
+    """Makes images of jobs with a loaded pipeline, each from its own random generator.
+
+    A generator is seeded by (seed, number of the prompt, number of the image) alone and lives on the CPU, so that but
+    for rounding the images depend neither on the batch size nor on the device's generator; `exact` rounds alike too.
+
+    Args:
+        pipeline: from `load_pipeline`.
+        model: says how many steps at which guidance scale.
+        prompts: texts of all prompts.
+        seed: of the noise.
+        exact: compute the rows of a batch one by one, so that an image has the same bits in every batch.
+    """
+
+    pipeline: DiffusionPipeline
+    model: ModelUnderTest
+    prompts: Sequence[str]
+    seed: int = 0
+    exact: bool = False
+
+    @torch.no_grad()
+    def __call__(self, jobs: Sequence[Job]) -> Tensor:
+        """Images (B, 3, H, W) of the jobs, float32 in [0, 1] on the CPU."""
+        pipeline, options = self.pipeline, call_options(self.pipeline, self.model)
+        generators = [torch.Generator().manual_seed(image_seed(self.seed, p, k)) for p, k in jobs]
+        rows: AbstractContextManager[None] = nullcontext()
+        if self.exact:
+            rows = one_by_one(self._modules())
+        # A scheduler without generators draws the noise between steps from torch's own.
+        own = own_randomness(image_seed(self.seed, *jobs[0]), pipeline.device)
+        with own, own_noise(pipeline.components["scheduler"], generators), rows:
+            made: Tensor = pipeline(
+                [self.prompts[p] for p, _ in jobs], generator=generators, output_type="pt", **options
+            ).images
+        return made.float().cpu()
+
+    def _modules(self) -> list[nn.Module]:
+        """Everything that computes on a batch."""
+        if self.model.adapter is not None:
+            raise UserError(f"{self.model.name}: an adapter is told about whole batches, so they cannot be computed "
+                            "row by row; leave out --exact")  # fmt: skip
+        parts = [part for _, part in timed_parts(self.pipeline)]
+        vae = self.pipeline.components.get("vae")
+        parts += [] if vae is None else [part for name, part in vae.named_children() if name.startswith("post_quant")]
+        # Which of several students a row belongs to is settled for the whole batch; each of them then computes alone.
+        return [one for part in parts for one in (part.networks if isinstance(part, RoutedNetwork) else [part])]
+
+
 @dataclass
-class _Meter:
-    """Counts denoiser rows, and seconds that are not the denoiser's or the decoder's."""
+class Cost:
+    """What batches have cost so far: network calls of all of them, seconds of those that are timed."""
 
-    device: str
+    made: int = 0
     rows: int = 0
-    text_seconds: float = 0.0
-    _began: list[float] = field(default_factory=list)
+    timed: int = 0
+    seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
 
-    def now(self) -> float:
-        """Seconds, with all work on the device done."""
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def add(self, other: Cost) -> None:
+        """Takes in what other batches have cost."""
+        self.made, self.rows = self.made + other.made, self.rows + other.rows
+        self.timed, self.seconds = self.timed + other.timed, self.seconds + other.seconds
+        self.parts = {name: self.parts.get(name, 0.0) + spent for name, spent in other.parts.items()}
 
-    def count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook of the denoiser: a batch of 2B counts 2B calls, which is what guidance costs."""
-        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-        if not isinstance(sample, Tensor):
-            raise TypeError(f"cannot count calls of {type(module).__name__}: no argument sample or hidden_states")
-        self.rows += len(sample)
+    @property
+    def nfe(self) -> float:
+        """Network calls per image."""
+        return self.rows / self.made
 
-    def text_begins(self, *_: Any) -> None:
-        """Forward pre-hook of a text encoder."""
-        self._began.append(self.now())
+    @property
+    def times(self) -> dict[str, float]:
+        """Milliseconds per image of each part."""
+        return {name: 1000 * spent / self.timed for name, spent in self.parts.items()} if self.timed else {}
 
-    def text_ends(self, *_: Any) -> None:
-        """Forward hook of a text encoder."""
-        self.text_seconds += self.now() - self._began.pop()
-
-
-@contextmanager
-def _metered(pipeline: DiffusionPipeline, device: str) -> Iterator[_Meter]:
-    """Hooks a meter into a pipeline's denoiser and text encoders for as long as the context lasts."""
-    meter, parts = _Meter(device), pipeline.components
-    denoiser = parts.get("unet") or parts.get("transformer")
-    if denoiser is None:
-        raise UserError(f"{type(pipeline).__name__} has neither unet nor transformer, so its calls cannot be counted")
-    handles = [denoiser.register_forward_hook(meter.count, with_kwargs=True)]
-    for name, part in parts.items():
-        if name.startswith("text_encoder") and part is not None:
-            handles += [part.register_forward_pre_hook(meter.text_begins), part.register_forward_hook(meter.text_ends)]
-    try:
-        yield meter
-    finally:
-        for handle in handles:
-            handle.remove()
+    @property
+    def ms_per_image(self) -> float:
+        """Milliseconds per image without the text encoders."""
+        return 1000 * (self.seconds - self.parts.get("text", 0.0)) / self.timed
 
 
-@torch.no_grad()
+def paint(painter: Painter, jobs: Sequence[Job], meter: Meter, *, timed: bool) -> tuple[Tensor, Cost]:
+    """One batch, and what it cost; the seconds only if they are to be counted."""
+    meter.take()
+    rows, began = meter.rows, meter.now()
+    images = painter(jobs)
+    cost = Cost(made=len(jobs), rows=meter.rows - rows)
+    if timed:
+        cost.timed, cost.seconds, cost.parts = len(jobs), meter.now() - began, meter.take()
+    return images, cost
+
+
 def generate_images(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
@@ -210,12 +284,10 @@ def generate_images(
     batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
-    """Makes `images_per_prompt` images of every prompt, each from its own random generator.
+    """Makes `images_per_prompt` images of every prompt, as `Painter` does.
 
-    A generator is seeded by (seed, number of the prompt, number of the image) alone and lives on the CPU, so that the
-    images depend neither on the batch size nor on the device's generator; where a pipeline draws the noise between
-    steps without its generators, on the batch size only. Time leaves out the text encoders and a
-    first batch, which also pays for warming up; if there is only one batch it runs twice.
+    Time leaves out the text encoders and a first batch, which also pays for warming up; if there is only one batch it
+    runs twice.
 
     Args:
         pipeline: from `load_pipeline`.
@@ -228,31 +300,27 @@ def generate_images(
     """
     jobs = [(p, k) for p in range(len(prompts)) for k in range(images_per_prompt)]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    device, options = str(pipeline.device), call_options(pipeline, model)
+    painter, device = Painter(pipeline, model, prompts, seed), str(pipeline.device)
+    reset_peak(device)
+    if len(batches) == 1:
+        painter(batches[0])
+    images, total = [], Cost()
+    with metered(pipeline) as meter:
+        for number, batch in enumerate(batches):
+            made, cost = paint(painter, batch, meter, timed=bool(number) or len(batches) == 1)
+            images.append(made)
+            total.add(cost)
+            if on_progress is not None:
+                on_progress(total.made, len(jobs))
+    return Generated(torch.cat(images), total.nfe, total.ms_per_image, peak_gib(device), total.times)
 
-    def make(batch: list[tuple[int, int]]) -> Tensor:
-        generators = [torch.Generator().manual_seed(image_seed(seed, p, k)) for p, k in batch]
-        # Some pipelines hand their generators to the first noise alone, and draw the noise between steps from torch's.
-        with own_randomness(image_seed(seed, *batch[0]), pipeline.device):
-            images: Tensor = pipeline(
-                [prompts[p] for p, _ in batch], generator=generators, output_type="pt", **options
-            ).images
-        return images.float().cpu()
 
+def reset_peak(device: str) -> None:
+    """Begins to watch the accelerator's memory anew."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    if len(batches) == 1:
-        make(batches[0])
-    images: list[Tensor] = []
-    seconds, timed = 0.0, 0
-    with _metered(pipeline, device) as meter:
-        for number, batch in enumerate(batches):
-            began, text = meter.now(), meter.text_seconds
-            images.append(make(batch))
-            if number or len(batches) == 1:
-                seconds += meter.now() - began - (meter.text_seconds - text)
-                timed += len(batch)
-            if on_progress is not None:
-                on_progress(min((number + 1) * batch_size, len(jobs)), len(jobs))
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.startswith("cuda") else None
-    return Generated(torch.cat(images), meter.rows / len(jobs), 1000 * seconds / timed, peak)
+
+
+def peak_gib(device: str) -> float | None:
+    """The most memory since `reset_peak`; None unless on CUDA."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.startswith("cuda") else None

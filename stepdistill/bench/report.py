@@ -31,9 +31,26 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "diversity": ("diversity", "{:.2f}"),
     "precision": ("precision", "{:.2f}"),
     "recall": ("recall", "{:.2f}"),
+    "fd_dinov2": ("FD-DINOv2", "{:.4g}"),
+    "patch_fid": ("patch FID", "{:.3g}"),
+    "lpips": ("LPIPS to teacher", "{:.3f}"),
+    "clip_distance": ("CLIP distance to teacher", "{:.3f}"),
+    "lpips_diversity": ("LPIPS within a prompt", "{:.3f}"),
+    "feature_diversity": ("distance within a prompt", "{:.3f}"),
+    "vendi": ("Vendi score", "{:.2f}"),
+    "hpsv2": ("HPSv2", "{:.2f}"),
+    "pickscore": ("PickScore", "{:.2f}"),
+    "image_reward": ("ImageReward", "{:.3f}"),
+    "aesthetic": ("aesthetic", "{:.2f}"),
     "ms_per_image": ("ms / image", "{:.3g}"),
+    "text_ms": ("text, ms", "{:.3g}"),
+    "denoiser_ms": ("denoiser, ms", "{:.3g}"),
+    "vae_ms": ("decoder, ms", "{:.3g}"),
     "train_seconds": ("training, s", "{:,.0f}"),
     "peak_gib": ("peak GiB", "{:.2f}"),
+    "latency_ms": ("latency, ms", "{:.3g}"),
+    "images_per_second": ("images / s", "{:.3g}"),
+    "parameters": ("parameters", "{:,}"),
 }
 TERMINAL_COLUMNS = ("model", "nfe", "fid", "clip_score", "caption_accuracy", "diversity", "ms_per_image")
 
@@ -44,7 +61,11 @@ class Row:
 
     `nfe`: network calls per image. `caption_accuracy`, `images_all_correct`: shares in [0, 1]. `diversity`: relative
     to real data. `precision`, `recall`: shares of features within the other set's neighbourhood. `peak_gib`:
-    accelerator memory while making images.
+    accelerator memory while making images. `lpips`, `clip_distance`: to the first model's image of the same prompt and
+    noise. `lpips_diversity`, `feature_diversity`, `vendi`: between the images of a prompt. `latency_ms`: of a call for
+    one image, text included. `images_per_second`: text included. `parameters`: of the denoiser. `times`: milliseconds
+    per image in text encoders, denoiser and decoder (text, denoiser, vae). `intervals`: column => 95 % interval.
+    `others`: metrics of the user's own.
     """
 
     model: str
@@ -61,6 +82,23 @@ class Row:
     ms_per_image: float | None = None
     train_seconds: float | None = None
     peak_gib: float | None = None
+    fd_dinov2: float | None = None
+    patch_fid: float | None = None
+    lpips: float | None = None
+    clip_distance: float | None = None
+    lpips_diversity: float | None = None
+    feature_diversity: float | None = None
+    vendi: float | None = None
+    hpsv2: float | None = None
+    pickscore: float | None = None
+    image_reward: float | None = None
+    aesthetic: float | None = None
+    latency_ms: float | None = None
+    images_per_second: float | None = None
+    parameters: int | None = None
+    times: Mapping[str, float] | None = None
+    intervals: Mapping[str, Sequence[float]] | None = None
+    others: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +136,14 @@ class Report:
         rows = [asdict(row) for row in self.rows]
         seeds = ", ".join(f"{key} {value}" for key, value in self.seeds.items())
         versions = ", ".join(f"{key} {value}" for key, value in self.versions.items())
-        lines = [f"# {self.name}", "", markdown_table(rows), "", *(f"- {note}" for note in self._notes()), ""]
+        lines = [f"# {self.name}", "", markdown_table(rows), "", *(f"- {note}" for note in self.notes()), ""]
         lines += [f"Measured {self.date} on {self.device}; seeds: {seeds}; {versions}."]
         if self.recipe_sha256 is not None:
             lines.append(f"Recipe sha256 {self.recipe_sha256}.")
         return "\n".join(lines) + "\n"
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """What to know when reading the table."""
         notes = [
             "NFE counts network calls per image; a doubled batch, as guidance needs, counts twice.",
             "ms / image covers the denoiser and the decoder, after a warm-up batch; text encoding is left out.",
@@ -115,9 +154,11 @@ class Report:
                 f"Warning: FID grows as images get fewer, and {counts[0]:,} are fewer than {ORDINARY_COUNT:,}. These "
                 "values compare with each other, not with FIDs of other numbers of images. KID has no such bias."
             )
+        for metric, reason in self.protocol.get("missing", {}).items():
+            notes.append(f"Not measured: {metric}: {reason}.")
         real = self.protocol.get("real")
         if real:
-            texts = [f"{COLUMNS[key][0]} {_written(key, value)}" for key, value in real.items()]
+            texts = [f"{COLUMNS[key][0]} {written(key, value)}" for key, value in real.items()]
             notes.append(f"Real scenes for the same prompts, as many as each model makes, have {', '.join(texts)}.")
         return notes
 
@@ -129,11 +170,11 @@ class Report:
         rows = [asdict(row) for row in self.rows]
         columns = [column for column in used_columns(rows) if column in TERMINAL_COLUMNS]
         table = Table(title=self.name)
-        for number, heading in enumerate(_headings(rows, columns)):
+        for number, heading in enumerate(headings(rows, columns)):
             table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
         for row in rows:
             # As Text, for brackets in a model's name would be read as markup.
-            table.add_row(*(Text(_written(column, row[column])) for column in columns))
+            table.add_row(*(Text(written(column, row[column])) for column in columns))
         return table
 
 
@@ -162,12 +203,14 @@ def load_report(path: Path) -> Report:
 
 def used_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns with a value in some row, in order of `COLUMNS`; others follow as they come."""
-    present = [key for row in rows for key, value in row.items() if value is not None]
+    known_values = [(key, value) for row in rows for key, value in row.items() if value is not None]
+    present = [key for key, value in known_values if not isinstance(value, Mapping)]  # times, intervals: no column
     known = [column for column in COLUMNS if column in present]
     return known + [key for key in dict.fromkeys(present) if key not in COLUMNS]
 
 
-def _headings(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+def headings(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """What tables call the columns."""
     return [fid_name(rows) if column == "fid" else COLUMNS.get(column, (column, ""))[0] for column in columns]
 
 
@@ -179,7 +222,20 @@ def fid_name(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"FID-{min(counts)}" if len(counts) == 1 else "FID-N (N: images)"
 
 
-def _written(column: str, value: Any) -> str:
+def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with what it holds as mappings as columns of their own: times (text_ms, denoiser_ms, vae_ms), others."""
+    times = {f"{part}_ms": value for part, value in (row.get("times") or {}).items()}
+    return {**row, **times, **(row.get("others") or {})}
+
+
+def written_interval(row: Mapping[str, Any], column: str) -> str:
+    """The 95 % interval of a figure as tables show it, such as [9.1, 10.2]; empty if there is none."""
+    low, high = (row.get("intervals") or {}).get(column) or (None, None)
+    return "" if low is None or high is None else f"[{written(column, low)}, {written(column, high)}]"
+
+
+def written(column: str, value: Any) -> str:
+    """A figure as tables show it."""
     if value is None:
         return "-"
     if column in COLUMNS:
@@ -189,10 +245,13 @@ def _written(column: str, value: Any) -> str:
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows => a Markdown table of the columns that have any value; text to the left, numbers to the right."""
+    rows = [flat(row) for row in rows]
     columns = used_columns(rows)
     numeric = [all(not isinstance(row.get(c), str) for row in rows) for c in columns]
-    lines = [_headings(rows, columns), ["---:" if n else "---" for n in numeric]]
-    lines += [[_written(column, row.get(column)).replace("|", "\\|") for column in columns] for row in rows]
+    lines = [headings(rows, columns), ["---:" if n else "---" for n in numeric]]
+    for row in rows:
+        texts = (f"{written(column, row.get(column))} {written_interval(row, column)}" for column in columns)
+        lines.append([text.rstrip().replace("|", "\\|") for text in texts])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from stepdistill.data.pairs import REMEDY, PairStream
 from stepdistill.data.prompts import PromptSet, epoch_indices
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
-from stepdistill.objectives.base import Batch
+from stepdistill.objectives.base import Batch, Visited
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Batches:
     _null: Condition | None = field(default=None, init=False)
 
     def next(self, stream: str, count: int) -> Batch:
-        """The next micro-batch of `count` samples of "prompts", "images" or "pairs"."""
+        """The next micro-batch of `count` samples of "prompts", "images", "pairs" or "states"."""
         number = self.drawn.get(stream, 0)
         self.drawn[stream] = number + 1
         start = (number * self.num_processes + self.rank) * count
@@ -58,6 +58,8 @@ class Batches:
             return self._images(start, count)
         if stream == "pairs":
             return self._pairs(start, count)
+        if stream == "states":
+            return self._states(start, count)
         indices = epoch_indices(self.seed, start, count, len(self.prompts))
         texts = tuple(self.prompts.prompts[i] for i in indices)
         return self._batch(self.conditions.conditions(indices), None, texts)
@@ -73,10 +75,20 @@ class Batches:
         encode = self.encode or self.family.encode_prompts
         return self._batch(encode(captions), latents.float(), tuple(captions))
 
-    def _pairs(self, start: int, count: int) -> Batch:
+    def _states(self, start: int, count: int) -> Batch:
+        found, condition = self._stored().draw_states(self.seed, start, count)
+        device, schedule = self.family.device, self.family.schedule
+        x_t, native, guidance = (z.to(device) for z in (found.states, found.predictions, found.guidance))
+        visited = Visited(x_t, schedule.t_from_model_time(found.timesteps.to(device)), guidance, native)
+        return replace(self._batch(condition, None, found.prompts), visited=visited)
+
+    def _stored(self) -> PairStream:
         if self.pairs is None:
             raise UserError(f"this objective learns from stored pairs: set data.pairs to their folder; {REMEDY}")
-        found, condition = self.pairs.draw(self.seed, start, count)
+        return self.pairs
+
+    def _pairs(self, start: int, count: int) -> Batch:
+        found, condition = self._stored().draw(self.seed, start, count)
         latents, noise = (tensor.to(self.family.device) for tensor in (found.latents, found.noise))
         return self._batch(condition, latents, found.prompts, noise)
 

@@ -59,6 +59,10 @@ class ImageSet(ABC):
     def batch(self, indices: Sequence[int]) -> ImageBatch:
         """The images with these numbers."""
 
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The captions of the images with these numbers."""
+        return self.batch(indices).captions
+
     @abstractmethod
     def summary(self) -> str:
         """One line for the log: how many images there are and what was left out by which rule."""
@@ -109,6 +113,10 @@ class ShapesImages(ImageSet):
         images = [_fit(render(scene.scene), self.size) for scene in scenes]
         return ImageBatch(to_tensor(images), [scene.caption for scene in scenes])
 
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The captions, without painting."""
+        return [captioned_scene(self.seed, index).caption for index in indices]
+
     def summary(self) -> str:
         """What is played."""
         return f"endless images from {SHAPES_SOURCE} (seed {self.seed})"
@@ -154,6 +162,10 @@ class FolderImages(ImageSet):
         """Reads, crops and resizes the images with these numbers."""
         images = [read_image(self.paths[i], self.size) for i in indices]
         return ImageBatch(to_tensor(images), [self.captions[i] for i in indices])
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The captions, without reading the images."""
+        return [self.captions[i] for i in indices]
 
     def summary(self) -> str:
         """How many images there are and what was left out by which rule."""

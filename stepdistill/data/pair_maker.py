@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from stepdistill.data.prompts import PromptSet
 from stepdistill.data.sampler import StockSampler, Trajectory
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
+from stepdistill.seeds import seed_of
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,13 +48,14 @@ class PairSettings:
         count: how many; None: one per prompt. More than there are prompts begin anew with other noise.
         sampler: the stock scheduler: ddim, dpm++, euler or unipc.
         steps: of the sampler.
-        guidance: standard guidance scale; 1 = none.
+        guidance: standard guidance scale, 1 = none; or a range, from which every pair gets its own.
         seed: of the noise; that of a pair is a function of this and of the pair's number alone.
-        states: timesteps at which what the network is given is kept too, falling.
+        states: timesteps at which what the network is given is kept too, falling; or "all" that the sampler visits.
+        predictions: keep also what the guided network says there, for objectives that learn from the way.
         size: pixel size of the images; None: the teacher's own.
         precision: fp32, bf16 or fp16, by autocast; the sampler's arithmetic stays in fp32.
-        storage: type of samples and states on disk: fp32, or fp16 and fp8 (e4m3), which leave the noise out: seed and
-            number give it again.
+        storage: type of samples, states and predictions on disk: fp32, or fp16 and fp8 (e4m3), which leave the noise
+            out: seed and number give it again.
         batch_size: pairs made at a time.
         shard_size: pairs per file; an interruption loses less than one file.
     """
@@ -60,9 +63,10 @@ class PairSettings:
     count: int | None = None
     sampler: str = "ddim"
     steps: int = 50
-    guidance: float = 3.0
+    guidance: float | tuple[float, float] = 3.0
     seed: int = 0
-    states: tuple[int, ...] = ()
+    states: tuple[int, ...] | Literal["all"] = ()
+    predictions: bool = False
     size: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     storage: Storage = "fp32"
@@ -74,8 +78,12 @@ class PairSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        if list(self.states) != sorted(set(self.states), reverse=True):
+        if self.states != "all" and list(self.states) != sorted(set(self.states), reverse=True):
             raise UserError(f"states must be falling timesteps, got {list(self.states)}")
+        if self.predictions and not self.states:
+            raise UserError("predictions are kept where states are; add states=all, or some timesteps")
+        if isinstance(self.guidance, tuple) and self.guidance[0] > self.guidance[1]:
+            raise UserError(f"guidance {list(self.guidance)} is no range; give the lower scale first")
 
 
 def make_pairs(
@@ -119,20 +127,21 @@ class _Maker:
         self._shape = family.latent_shape(settings.size)
         self._sampler = StockSampler(
             family.denoiser(), family.pipeline.scheduler.config, name=settings.sampler, steps=settings.steps,
-            guidance=settings.guidance, keep=settings.states,
+            guidance=settings.guidance if isinstance(settings.guidance, float | int) else 1.0, keep=settings.states,
         )  # fmt: skip
         facts = {
             **teacher_facts(family, settings.size),
             "prompts": prompts.fingerprint,
             "steps": settings.steps,
-            "guidance": float(settings.guidance),
+            "guidance": settings.guidance if isinstance(settings.guidance, tuple) else float(settings.guidance),
             "seed": settings.seed,
-            "states": list(settings.states),
+            "states": self._sampler.kept if settings.states == "all" else list(settings.states),
             "precision": settings.precision,
+            # Named where they are used only, so that pairs without them keep their fingerprint.
+            **({"predictions": True} if settings.predictions else {}),
+            **({"storage": settings.storage} if settings.storage != "fp32" else {}),
             **{f"sampler.{name}": value for name, value in self._sampler.facts.items()},
         }
-        if settings.storage != "fp32":  # so that pairs from before there was a choice keep their fingerprint
-            facts["storage"] = settings.storage
         self._facts: dict[str, Any] = json.loads(json.dumps(facts))  # as they will be read again
         self._fingerprint = fingerprint_of(self._facts)
 
@@ -173,7 +182,7 @@ class _Maker:
         for first in range(rows.start, rows.stop, self._settings.batch_size):
             batch = range(first, min(first + self._settings.batch_size, rows.stop))
             noise = torch.stack([pair_noise(self._settings.seed, number, self._shape) for number in batch])
-            parts.append((noise, self._run(noise, self._texts(batch))))
+            parts.append((noise, self._run(noise, batch)))
             progress(batch.stop, self._count)
         dtype = STORAGE[self._settings.storage]
         tensors = {
@@ -182,22 +191,39 @@ class _Maker:
         }
         if dtype == torch.float32:
             tensors["noise"] = torch.cat([noise for noise, _ in parts])
-        states = [made.states for _, made in parts if made.states is not None]
-        if states:
-            tensors["states"] = torch.cat(states).to("cpu", dtype)
-            tensors["state_timesteps"] = torch.tensor(self._settings.states)
+        if isinstance(self._settings.guidance, tuple):
+            tensors["guidance"] = self._scales(rows)
+        if self._sampler.kept:
+            tensors["states"] = self._stored([made.states for _, made in parts])
+            tensors["state_timesteps"] = torch.tensor(self._facts["states"])
+        if self._settings.predictions:
+            tensors["predictions"] = self._stored([made.predictions for _, made in parts])
         # One entry only: safetensors writes several in an order of its own, and equal shards should be equal files.
         header = json.dumps({"fingerprint": self._fingerprint, "prompts": self._texts(rows)})
         content: bytes = save(tensors, metadata={"pairs": header})
         return content
 
-    def _run(self, noise: Tensor, texts: Sequence[str]) -> Trajectory:
+    def _stored(self, parts: Sequence[Tensor | None]) -> Tensor:
+        return torch.cat([part for part in parts if part is not None]).to("cpu", STORAGE[self._settings.storage])
+
+    def _scales(self, numbers: range) -> Tensor:
+        """The guidance scale of each pair, (N,), float64: a function of the seed and its number alone."""
+        if not isinstance(self._settings.guidance, tuple):
+            return torch.full((len(numbers),), float(self._settings.guidance), dtype=torch.float64)
+        low, high = self._settings.guidance
+        shares = [Random(seed_of(self._settings.seed, "guidance", number)).random() for number in numbers]
+        return low + (high - low) * torch.tensor(shares, dtype=torch.float64)
+
+    def _run(self, noise: Tensor, numbers: range) -> Trajectory:
         device, precision = self._family.device, self._settings.precision
+        # One number for all spares the second half of every call at scale 1.
+        scale = self._scales(numbers).to(device) if isinstance(self._settings.guidance, tuple) else None
+        texts = self._texts(numbers)
         with torch.no_grad():
             condition = self._family.encode_prompts(texts).to(device)
             null = self._family.null_condition(len(texts)).to(device)
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            return self._sampler(noise.to(device), condition, null)
+            return self._sampler(noise.to(device), condition, null, scale)
 
     def _texts(self, numbers: range) -> list[str]:
         return self._prompts.batch([number % len(self._prompts) for number in numbers])

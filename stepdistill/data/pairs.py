@@ -3,10 +3,11 @@
     <folder>/index.json, shard-00000.safetensors, ...
 
 A shard holds, for N pairs of latent shape (C, H, W): `noise` and `sample` (N, C, H, W), `prompt_index` (N,) and, where
-they were asked for, `states` (N, K, C, H, W) at `state_timesteps` (K,); its header holds the prompts as text and the
-fingerprint. Files of a narrow type leave the noise out: it is a function of the seed and the pair's number. The
-fingerprint covers everything that determines a pair: the teacher's weights, sampler, guidance, prompts and seed.
-Shards appear at once or not at all, so making pairs goes on where it was stopped, to the same bits.
+they were asked for, `states` and `predictions` (N, K, C, H, W) at `state_timesteps` (K,), and `guidance` (N,) where
+each pair has a scale of its own; its header holds the prompts as text and the fingerprint. Files of a narrow
+type leave the noise out: it is a function of the seed and the pair's number. The fingerprint covers everything that
+determines a pair: the teacher's weights, sampler, guidance, prompts and seed. Shards appear at once or not at all, so
+making pairs goes on where it was stopped, to the same bits.
 """
 
 from __future__ import annotations
@@ -55,6 +56,24 @@ class PairBatch(NamedTuple):
     states: Tensor | None
 
 
+class StateBatch(NamedTuple):
+    """Some places on the way of some pairs, on the CPU.
+
+    Attributes:
+        states: what the network was given, (B, C, H, W), float32.
+        predictions: what it said, guided, (B, C, H, W), float32.
+        timesteps: what it was told, (B,), float64.
+        guidance: standard scales, (B,), float64.
+        prompts: B texts.
+    """
+
+    states: Tensor
+    predictions: Tensor
+    timesteps: Tensor
+    guidance: Tensor
+    prompts: tuple[str, ...]
+
+
 class PairSet:
     """Pairs on disk, read through memory maps; `load_pairs` opens them.
 
@@ -77,14 +96,51 @@ class PairSet:
         self._texts = tuple(texts)
         self._numbers = {text: number for number, text in enumerate(self.prompts.prompts)}
         self._shards: dict[int, dict[str, Tensor]] = {}
+        self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._texts)
 
     @property
-    def state_timesteps(self) -> tuple[int, ...]:
+    def state_timesteps(self) -> tuple[float, ...]:
         """Where the kept states lie, falling."""
         return tuple(self.facts["states"])
+
+    @property
+    def num_states(self) -> int:
+        """How many places there are on the way of all pairs.
+
+        Raises:
+            UserError: none, or what the network said there was not kept.
+        """
+        if not self.facts.get("predictions"):
+            raise UserError(f"{self.folder}: these pairs do not hold what the teacher said on the way; make others "
+                            "with states=all predictions=true")  # fmt: skip
+        return len(self) * len(self.state_timesteps)
+
+    def states(self, indices: Sequence[int]) -> StateBatch:
+        """Places on the way, numbered pair by pair; each is read alone, since all of a shard may be gigabytes.
+
+        Raises:
+            IndexError: a number lies outside the set.
+            UserError: a shard cannot be read, or the pairs hold no such places.
+        """
+        total, per_pair = self.num_states, len(self.state_timesteps)
+        found: dict[str, list[Tensor]] = {"states": [], "predictions": []}
+        scales: list[float] = []
+        for index in indices:
+            if not 0 <= index < total:
+                raise IndexError(f"state {index} of {total}")
+            pair, place = divmod(index, per_pair)
+            file, row = self._opened(pair // self._shard_size), pair % self._shard_size
+            for name, rows in found.items():
+                rows.append(file.get_slice(name)[row : row + 1, place][0].float())
+            given = self.facts["guidance"]
+            scales.append(float(file.get_slice("guidance")[row : row + 1]) if isinstance(given, list) else given)
+        timesteps = torch.tensor([self.state_timesteps[index % per_pair] for index in indices], dtype=torch.float64)
+        texts = tuple(self._texts[index // per_pair] for index in indices)
+        states, predictions = (torch.stack(rows) for rows in found.values())
+        return StateBatch(states, predictions, timesteps, torch.tensor(scales, dtype=torch.float64), texts)
 
     def batch(self, indices: Sequence[int]) -> PairBatch:
         """The pairs with these numbers.
@@ -111,20 +167,28 @@ class PairSet:
 
     def summary(self) -> str:
         """One line for the log."""
-        facts = self.facts
+        facts, scale = self.facts, self.facts["guidance"]
+        guidance = f"{scale[0]:g} to {scale[1]:g}" if isinstance(scale, list) else f"{scale:g}"
         return (f"{len(self)} pairs from {self.folder}: {facts['sampler.class']}, {facts['steps']} steps, guidance "
-                f"{facts['guidance']:g}, seed {facts['seed']}")  # fmt: skip
+                f"{guidance}, seed {facts['seed']}")  # fmt: skip
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
-        if number not in self._shards:
+    def _opened(self, number: int) -> Any:
+        """A shard's file, open for reading slices."""
+        if number not in self._open:
             path = shard_path(self.folder, number)
             try:
-                with safe_open(path, framework="pt") as file:
-                    shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                self._open[number] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{path}: cannot be read ({error}); make the pairs again, whole shards stay"
                 ) from error
+        return self._open[number]
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._shards:
+            file = self._opened(number)
+            # What was said on the way is as large as the way itself, and read by `states` alone.
+            shard = {name: file.get_tensor(name) for name in file.keys() if name != "predictions"}  # noqa: SIM118
             self._shards[number] = self._widened(shard, first=number * self._shard_size)
         return self._shards[number]
 
@@ -153,6 +217,11 @@ class PairStream:
     def draw(self, seed: int, start: int, count: int) -> tuple[PairBatch, Condition]:
         """Samples `start` to `start + count - 1` of a run; every epoch plays all pairs in an order of its own."""
         found = self.pairs.batch(epoch_indices(seed, start, count, len(self.pairs)))
+        return found, self.conditions.conditions(self.pairs.prompt_numbers(found.prompts))
+
+    def draw_states(self, seed: int, start: int, count: int) -> tuple[StateBatch, Condition]:
+        """The same of places on the way: an epoch comes by every state of every pair once."""
+        found = self.pairs.states(epoch_indices(seed, start, count, self.pairs.num_states))
         return found, self.conditions.conditions(self.pairs.prompt_numbers(found.prompts))
 
 

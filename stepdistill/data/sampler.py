@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 # name => stock scheduler; only deterministic ones, since a pair is a function of its noise
 SAMPLERS = {
@@ -36,10 +40,12 @@ class Trajectory(NamedTuple):
     Attributes:
         sample: the finished latents, (B, C, H, W).
         states: what the network was given at the timesteps that were asked for, (B, K, C, H, W); None for K = 0.
+        predictions: what the guided network said there, (B, K, C, H, W); None for K = 0.
     """
 
     sample: Tensor
     states: Tensor | None
+    predictions: Tensor | None
 
 
 class StockSampler:
@@ -48,10 +54,14 @@ class StockSampler:
     Args:
         denoiser: the teacher.
         config: of the teacher's own scheduler, which names the noise levels.
-        name: of the scheduler, a key of `SAMPLERS` (for flow matching, of `FLOW_SAMPLERS`).
+        name: of the scheduler, a key of `SAMPLERS` (for flow matching, of `FLOW_SAMPLERS`); or a scheduler, of which a
+            copy is taken as it is.
         steps: how many.
         guidance: standard scale, 1 = none.
-        keep: timesteps whose states are returned, falling.
+        keep: timesteps whose states are returned, falling; or "all" that are visited.
+
+    Attributes:
+        kept: the timesteps whose states are returned, falling.
 
     Raises:
         UserError: the scheduler is unknown, or does not visit a timestep to keep.
@@ -62,16 +72,17 @@ class StockSampler:
         denoiser: Denoiser,
         config: Mapping[str, Any],
         *,
-        name: str = "ddim",
+        name: str | SchedulerMixin = "ddim",
         steps: int = 50,
         guidance: float = 1.0,
-        keep: Sequence[int] = (),
+        keep: Sequence[int] | Literal["all"] = (),
     ) -> None:
         self._denoiser, self._steps, self._guidance = denoiser, steps, guidance
         self._flow = denoiser.kind == "flow"
         self._scheduler = _scheduler(name, config, FLOW_SAMPLERS if self._flow else SAMPLERS)
         self._scheduler.set_timesteps(steps)
-        self._keep = [_visited(timestep, self.timesteps) for timestep in keep]
+        visited = self.timesteps
+        self.kept = visited if keep == "all" else [_visited(timestep, visited) for timestep in keep]
 
     @property
     def timesteps(self) -> list[float]:
@@ -85,32 +96,40 @@ class StockSampler:
         return {"class": type(self._scheduler).__name__, **config}
 
     @torch.no_grad()
-    def __call__(self, noise: Tensor, condition: Condition, null: Condition) -> Trajectory:
+    def __call__(
+        self, noise: Tensor, condition: Condition, null: Condition, guidance: Tensor | None = None
+    ) -> Trajectory:
         """Runs all steps.
 
         Args:
             noise: unit-variance noise, (B, C, H, W).
             condition: B rows.
             null: B rows.
+            guidance: a scale for each row, (B,); None: the sampler's own.
         """
         scheduler, schedule = self._scheduler, self._denoiser.schedule
         scheduler.set_timesteps(self._steps, device=noise.device)  # multi-step schedulers forget the batch before
         # Flow-matching schedulers have neither an initial scale nor an input scale.
         x = noise if self._flow else noise * scheduler.init_noise_sigma
-        states = []
+        scale = self._guidance if guidance is None else guidance
+        states, predictions = [], []
         for timestep in scheduler.timesteps:
             seen = x if self._flow else scheduler.scale_model_input(x, timestep)
-            if float(timestep) in self._keep:
-                states.append(seen)
             t = schedule.t_from_model_time(timestep.double()).expand(len(x))
-            native = self._denoiser.guided(seen, t, condition, null, self._guidance).native
+            native = self._denoiser.guided(seen, t, condition, null, scale).native
+            if float(timestep) in self.kept:
+                states.append(seen)
+                predictions.append(native)
             x = scheduler.step(native, timestep, x, return_dict=False)[0]
-        return Trajectory(x, torch.stack(states, dim=1) if states else None)
+        kept = [torch.stack(list_, dim=1) if list_ else None for list_ in (states, predictions)]
+        return Trajectory(x, *kept)
 
 
-def _scheduler(name: str, config: Mapping[str, Any], table: Mapping[str, str]) -> Any:
+def _scheduler(name: str | SchedulerMixin, config: Mapping[str, Any], table: Mapping[str, str]) -> Any:
     import diffusers
 
+    if not isinstance(name, str):
+        return deepcopy(name)
     if name not in table:
         raise UserError(f"sampler: {name!r} does not fit this teacher; choose from {', '.join(table)}")
     kind = getattr(diffusers, table[name])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stepdistill.objectives.base import InferenceSpec
 
 
-PIPELINE_FOLDER, LORA_FOLDER = "pipeline", "lora"
+PIPELINE_FOLDER, LORA_FOLDER, ADAPTER_FOLDER = "pipeline", "lora", "adapter"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -61,7 +61,8 @@ def write_card(
     """
     from huggingface_hub import ModelCard
 
-    facts = _read_facts(run_folder / PIPELINE_FOLDER)
+    made = PIPELINE_FOLDER if spec is None or spec.adapter is None else ADAPTER_FOLDER
+    facts = _read_facts(run_folder / made)
     lora = _read_facts(run_folder / LORA_FOLDER) if (run_folder / LORA_FOLDER).is_dir() else None
     sections = [
         _title(recipe, spec),
@@ -137,6 +138,8 @@ def _usage(
     facts: Mapping[str, Any],
     lora: Mapping[str, Any] | None,
 ) -> str:
+    if spec is not None and spec.adapter is not None:
+        return _adapter_usage(recipe, spec, facts)
     call = _call(spec, facts) if spec else ""
     given = '"a red circle above a blue square"' if _takes_text(facts) else "class_labels=[0]"
     image = f"image = pipe({', '.join(p for p in (given, call) if p)}).images[0]"
@@ -164,6 +167,26 @@ pipe = DiffusionPipeline.from_pretrained("{PIPELINE_FOLDER}")
             "the starting noise alone."
         )
     return text if lora is None else f"{text}\n\n{_lora_usage(recipe, lora, image)}"
+
+
+def _adapter_usage(recipe: Mapping[str, Any], spec: InferenceSpec, facts: Mapping[str, Any]) -> str:
+    given = '"a red circle above a blue square"' if _takes_text(facts) else "class_labels=[0]"
+    return f"""## Usage
+
+One file beside the stock pipeline of `{recipe["teacher"]}`, or of any other checkpoint of its architecture:
+
+```python
+from diffusers import DiffusionPipeline
+from stepdistill import load_adapter
+
+pipe = DiffusionPipeline.from_pretrained("{recipe["teacher"]}")
+adapter = load_adapter(pipe, "{ADAPTER_FOLDER}", guidance={spec.guidance_scale:g})
+image = pipe({given}, num_inference_steps={spec.num_steps}, guidance_scale=1).images[0]
+```
+
+The adapter is told the guidance scale; the pipeline is called with guidance_scale=1, which is one network call a step,
+in as many steps as one likes. `adapter.guidance = 5` changes the scale, `adapter.remove()` takes the adapter off.
+LoRAs can be loaded beside it."""
 
 
 def _call(spec: InferenceSpec, facts: Mapping[str, Any]) -> str:
@@ -203,6 +226,8 @@ def _measured(report: Any | None) -> str:
 
 def _other_programs(spec: InferenceSpec | None, facts: Mapping[str, Any]) -> str:
     if spec is None or not _takes_text(facts):
+        return ""
+    if spec.sampler == "own":  # nothing about its schedule is special
         return ""
     if spec.embeds_guidance:
         return "## Other programs\n\nOnly those that hand the guidance scale to the network, as Diffusers does."

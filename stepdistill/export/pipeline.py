@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
-from stepdistill.export.schedulers import TCD, family_scheduler, input_scale, noise_levels, told_timesteps
+from stepdistill.export.schedulers import OWN, TCD, family_scheduler, input_scale, noise_levels, told_timesteps
 from stepdistill.files import replacing
 
 
@@ -103,13 +103,16 @@ def write_facts(
     if spec is not None:
         known.update(
             steps=len(spec.timesteps),
-            timesteps=told_timesteps(scheduler, spec),
-            sigmas=noise_levels(scheduler, spec),
             sampler=spec.sampler,
             scheduler=type(scheduler).__name__,
             guidance_scale=spec.guidance_scale,
-            input_scale=input_scale(scheduler),
         )
+        if spec.sampler != OWN:  # whose steps are the caller's business
+            known.update(
+                timesteps=told_timesteps(scheduler, spec),
+                sigmas=noise_levels(scheduler, spec),
+                input_scale=input_scale(scheduler),
+            )
         if spec.sampler == TCD:
             known["eta"] = spec.eta
         if spec.embeds_guidance:

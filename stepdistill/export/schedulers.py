@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stepdistill.objectives.base import InferenceSpec
 
 
-STOCHASTIC, DETERMINISTIC, TCD = "stochastic", "deterministic", "tcd"
+STOCHASTIC, DETERMINISTIC, TCD, OWN = "stochastic", "deterministic", "tcd", "own"
 DEFAULT_ETA = 0.3  # of TCDScheduler, where a pipeline says nothing
 _BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 _NATIVE_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")  # what LCM and Euler both compute
@@ -36,6 +36,8 @@ def family_scheduler(family: ModelFamily, spec: InferenceSpec) -> SchedulerMixin
     Raises:
         UserError: no stock scheduler can express the spec, or the stock pipeline cannot call it as it says.
     """
+    if spec.sampler == OWN:
+        return copy.deepcopy(family.pipeline.scheduler)
     name = family.pipeline_class
     table = family.kind != "flow"  # flow schedulers know neither an initial scale nor eta
     if table and spec.sampler == DETERMINISTIC and not family.scales_noise:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights, Weights
 from stepdistill.errors import UserError
+from stepdistill.families.smaller import Plan
+from stepdistill.network_shape import NetworkShape
 from stepdistill.schedule import from_scheduler_config
 
 
@@ -38,6 +40,8 @@ class ModelFamily(ABC):
         takes_eta: whether the stock pipeline has an argument `eta` and hands it to its scheduler.
         guidance_weight: the parameter of a network that takes a guidance scale as an input and of no other; None: the
             architecture has no such input.
+        block_pattern: names of the modules whose outputs are those of the network's blocks, a regular expression.
+        attention_pattern: the same of self-attention.
     """
 
     name: ClassVar[str]
@@ -49,6 +53,8 @@ class ModelFamily(ABC):
     scales_noise: ClassVar[bool] = True
     takes_eta: ClassVar[bool] = True
     guidance_weight: ClassVar[str | None] = None
+    block_pattern: ClassVar[str] = r"transformer_blocks\.\d+"
+    attention_pattern: ClassVar[str] = r".*\.attn1"
 
     def __init__(self, pipeline: Any, path: str) -> None:
         self.pipeline = pipeline
@@ -81,22 +87,35 @@ class ModelFamily(ABC):
         """Where the teacher lives."""
         return next(self.network().parameters()).device
 
-    def plain_network(self, *, embeds_guidance: bool = False) -> nn.Module:
-        """A fresh network of the teacher's shape, on the teacher's device, to be filled with a state.
+    def plain_network(self, *, embeds_guidance: bool = False, shape: NetworkShape | None = None) -> nn.Module:
+        """A fresh network of the teacher's shape or a smaller one, on the teacher's device, to be filled with a state.
 
         Args:
             embeds_guidance: it takes a guidance scale as an input, whether the teacher does or not.
+            shape: what it lacks; None: nothing.
 
         Raises:
-            UserError: networks of this architecture cannot.
+            UserError: networks of this architecture cannot, or the shape does not fit this one.
         """
         network: Any = self.network()
-        options = self.guidance_options() if embeds_guidance else {}
+        options = {**(self.guidance_options() if embeds_guidance else {}), **self.plan(shape).options}
         fresh: nn.Module = type(network).from_config(network.config, **options)
         dtype = next(network.parameters()).dtype
         if next(fresh.parameters()).dtype != dtype:  # Diffusers warns about every cast, also one that changes nothing
             fresh.to(dtype)
         return fresh.to(self.device).requires_grad_(False).eval()
+
+    def plan(self, shape: NetworkShape | None) -> Plan:
+        """A network of another shape in terms of the teacher's; for None, the teacher's own.
+
+        Raises:
+            UserError: the shape does not fit this network, or networks of this architecture cannot be made smaller.
+        """
+        return Plan() if shape is None else self.smaller(shape)
+
+    def smaller(self, shape: NetworkShape) -> Plan:
+        """The same for a shape; each architecture knows its own parts."""
+        raise UserError(f"student.shape: the network of {self.pipeline_class} cannot be made smaller here")
 
     def denoiser(self, weights: Weights | None = None) -> Denoiser:
         """A view of this architecture; without weights, of the teacher's own."""

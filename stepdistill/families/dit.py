@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.condition import Condition
-from stepdistill.errors import UserError
 from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
+from stepdistill.families.smaller import Plan, transformer_plan
+from stepdistill.labels import class_label
+from stepdistill.network_shape import NetworkShape
 
 
 class DiT(ModelFamily):
@@ -33,8 +35,12 @@ class DiT(ModelFamily):
         output: Tensor = network(x_t, timestep=model_time, class_labels=labels, return_dict=False)[0]
         return output[:, : x_t.shape[1]]  # the second half is the learnt variance, of no use to one step
 
+    def smaller(self, shape: NetworkShape) -> Plan:
+        return transformer_plan(self.network_config, shape)
+
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        return Condition({"class_labels": torch.tensor([self._label(p) for p in prompts], device=self.device)})
+        labels = [class_label(self.pipeline, prompt) for prompt in prompts]
+        return Condition({"class_labels": torch.tensor(labels, device=self.device)})
 
     def null_condition(self, count: int) -> Condition:
         null = int(self.network_config.num_embeds_ada_norm)
@@ -42,12 +48,3 @@ class DiT(ModelFamily):
 
     def text_modules(self) -> dict[str, nn.Module]:
         return {}
-
-    def _label(self, prompt: str) -> int:
-        classes = int(self.network_config.num_embeds_ada_norm)
-        names: dict[str, int] = self.pipeline.labels
-        label = int(prompt) if prompt.strip().isdigit() else names.get(prompt)
-        if label is None or not 0 <= label < classes:
-            raise UserError(f"prompt {prompt!r} is no class of this DiT: give a number from 0 to {classes - 1}"
-                            + (f" or one of its {len(names)} names" if names else ""))  # fmt: skip
-        return label

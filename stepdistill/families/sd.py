@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from stepdistill.condition import Condition
 from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
+from stepdistill.families.smaller import Plan, unet_plan
+from stepdistill.network_shape import NetworkShape
 
 
 GUIDANCE_CHANNELS = 256  # of the embedded guidance scale, as in the code of LCM (arXiv 2310.04378)
@@ -22,6 +24,7 @@ class StableDiffusion(ModelFamily):
     pipeline_class = "StableDiffusionPipeline"
     network_component = "unet"
     guidance_weight: ClassVar[str] = "time_embedding.cond_proj.weight"
+    block_pattern = r"(down|up)_blocks\.\d+"
     # DMD2 (arXiv 2405.14867) adapts these layers in its LoRA runs; attention alone cannot change what is drawn where.
     lora_targets = (*ATTENTION_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
                     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
@@ -41,6 +44,9 @@ class StableDiffusion(ModelFamily):
             return_dict=False,
         )[0]  # fmt: skip
         return output
+
+    def smaller(self, shape: NetworkShape) -> Plan:
+        return unet_plan(self.network_config, shape)
 
     def guidance_options(self) -> dict[str, Any]:
         return {"time_cond_proj_dim": self.network_config.time_cond_proj_dim or GUIDANCE_CHANNELS}

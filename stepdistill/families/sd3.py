@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from stepdistill.condition import Condition
 from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
+from stepdistill.families.smaller import Plan, transformer_plan
+from stepdistill.network_shape import NetworkShape
 
 
 class StableDiffusion3(ModelFamily):
@@ -19,6 +21,9 @@ class StableDiffusion3(ModelFamily):
     network_component = "transformer"
     scales_noise = False
     takes_eta = False
+    # A block returns text and image; its first norm returns the image tokens as they come from the block before.
+    block_pattern = r"transformer_blocks\.\d+\.norm1"
+    attention_pattern = r"transformer_blocks\.\d+\.attn"
     # Both streams, and the modulations, which say how strongly each block acts at each time.
     lora_targets = (*ATTENTION_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
                     "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear",
@@ -26,7 +31,6 @@ class StableDiffusion3(ModelFamily):
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
-        # A block returns text and image; its first norm returns the image tokens as they enter it, (B, N, C).
         return (f"transformer_blocks.{int(self.network_config.num_layers) // 2}.norm1",)
 
     @property
@@ -39,6 +43,9 @@ class StableDiffusion3(ModelFamily):
             pooled_projections=condition.tensors["pooled_prompt_embeds"], return_dict=False,
         )[0]  # fmt: skip
         return output
+
+    def smaller(self, shape: NetworkShape) -> Plan:
+        return transformer_plan(self.network_config, shape, widths=("caption_projection_dim",))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

@@ -35,6 +35,9 @@ OBJECTIVES: dict[str, str] = {
     "lightning": "stepdistill.objectives.lightning:Lightning",
     "ladd": "stepdistill.objectives.ladd:LADD",
     "add": "stepdistill.objectives.add:ADD",
+    "compress": "stepdistill.objectives.compress:Compress",
+    "agd": "stepdistill.objectives.agd:AGD",
+    "guidance": "stepdistill.objectives.guidance:GuidanceDistillation",
     "sum": "stepdistill.objectives.weighted_sum:WeightedSum",
 }
 ENTRY_POINT_GROUP = "stepdistill.objectives"

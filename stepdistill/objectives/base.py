@@ -9,13 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.condition import Condition
 from stepdistill.errors import UserError
+from stepdistill.guidance.modules import AdapterSettings
+from stepdistill.network_shape import NetworkShape
 from stepdistill.sampling import Sampler
 
 
@@ -35,9 +37,14 @@ class Trained:
     Attributes:
         embeds_guidance: whether its network takes a guidance scale as an input, the tensor "guidance" (B,) of its
             condition (`Condition.with_guidance`). Only a full copy can: the teacher has no such layer.
+        shape: what its network lacks of the teacher's, as a recipe says of the student; None: nothing.
+        adapter: modules beside the teacher's attention that are trained instead of any weights of the network; they
+            are told the tensor "guidance" too. None: the network itself is trained.
     """
 
     embeds_guidance: bool = False
+    shape: NetworkShape | None = None
+    adapter: AdapterSettings | None = None
 
 
 FeatureShape = tuple[int, ...]  # of one sample's feature: (C, H, W) of a UNet's block, (N, C) of a transformer's
@@ -73,6 +80,23 @@ Role = Frozen | Trained | Head | Recorded
 
 
 @dataclass(frozen=True)
+class Visited:
+    """Places on stored paths of the guided teacher, and what it said there.
+
+    Attributes:
+        x_t: what the network was given, (B, C, H, W).
+        t: times, (B,), float64.
+        guidance: the scale of each path, (B,), float64.
+        native: the guided network's output, (B, C, H, W).
+    """
+
+    x_t: Tensor
+    t: Tensor
+    guidance: Tensor
+    native: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch.
 
@@ -86,6 +110,7 @@ class Batch:
         pair_noise: the noise that the teacher's sampler made `latents` from, (B, C, H, W), in the pairs stream.
         samples: what the student made of this batch and of which condition, where several losses look at the same
             sample; None: each loss makes its own.
+        visited: B places on the teacher's paths, in the states stream.
     """
 
     condition: Condition
@@ -96,6 +121,7 @@ class Batch:
     prompts: tuple[str, ...] = ()
     pair_noise: Tensor | None = None
     samples: dict[Hashable, tuple[Condition, Tensor]] | None = None
+    visited: Visited | None = None
 
     def __len__(self) -> int:
         return len(self.condition)
@@ -145,8 +171,8 @@ class Phase:
         name: for logs.
         updates: the roles that are trainable while it runs; nobody else is.
         loss: one micro-batch => Loss.
-        stream: "prompts", "images" where the loss needs encoded images, or "pairs" where it needs stored pairs of
-            noise and teacher sample.
+        stream: "prompts", "images" where the loss needs encoded images, "pairs" where it needs stored pairs of noise
+            and teacher sample, or "states" where it needs what the teacher said on the way.
         repeats: optimiser steps in a row, each on a fresh batch (two time scales: critic 5, student 1).
     """
 
@@ -166,18 +192,21 @@ class InferenceSpec:
             (999, 749, 499, 249). Index i of n lies at t = (i + 1) / n, for flow-matching teachers too: 999 of 1000 is
             pure noise for all of them.
         sampler: "stochastic" (begins with unit noise; clean prediction, then fresh noise: Diffusers' LCMScheduler),
-            "deterministic" (begins with sigma times the noise; goes on with the predicted noise: Euler) or "tcd"
-            (begins with unit noise; goes on with both: TCDScheduler).
+            "deterministic" (begins with sigma times the noise; goes on with the predicted noise: Euler), "tcd"
+            (begins with unit noise; goes on with both: TCDScheduler) or "own" (the teacher's own scheduler, with as
+            many steps as one likes; training looks at it through DDIM steps at `timesteps`).
         guidance_scale: what the user passes; 1 means no guidance, hence one network call a step.
         eta: share of fresh noise between steps, 0 to 1, of the sampler "tcd" alone; the user passes it too.
         embeds_guidance: whether the scale is an input of the network: one call a step at any scale.
+        adapter: what the student is where it is an adapter beside the teacher's network; None: a network.
     """
 
     timesteps: tuple[int, ...]
-    sampler: Sampler = "stochastic"
+    sampler: Sampler | Literal["own"] = "stochastic"
     guidance_scale: float = 1.0
     eta: float = 0.0
     embeds_guidance: bool = False
+    adapter: AdapterSettings | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1 or (self.eta and self.sampler != "tcd"):

@@ -113,7 +113,7 @@ class DisBack:
     def recording_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """Algorithm's first stage: ordinary denoising of the initial student's samples; only the critic is trained."""
         spec = self.base.inference()
-        assert spec is not None, "checked when this was made"
+        assert spec is not None and spec.sampler != "own", "checked when this was made"
         with torch.no_grad():
             x0 = rollout(cast.denoiser("student"), batch, spec.timesteps, step, spec.sampler)
         drop = torch.rand(len(batch), device=batch.device) < self.condition_dropout

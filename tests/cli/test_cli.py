@@ -27,7 +27,10 @@ from stepdistill.recipe_text import parse_yaml
 ROOT = Path(__file__).resolve().parents[2]
 HELP_FILE = ROOT / "docs" / "cli.txt"
 FACTS_FILE = "distillation_config.json"
-COMMANDS = ("train", "sample", "bench", "export", "merge", "data", "data pairs", "list")
+COMMANDS = (
+    "train", "sample", "bench", "bench prepare", "export", "merge",
+    "data", "data pairs", "compare", "inspect", "list",
+)  # fmt: skip
 
 RECIPE = """\
 name: tiny
@@ -56,7 +59,7 @@ def fake_run(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def export(run_folder: Path, checkpoint: str | None, output: Path | None) -> Any:
         calls.append({"run_folder": run_folder, "checkpoint": checkpoint, "output": output})
-        return types.SimpleNamespace(pipeline=(output or run_folder) / "pipeline", lora=None)
+        return types.SimpleNamespace(pipeline=(output or run_folder) / "pipeline", lora=None, adapter=None)
 
     module = types.ModuleType("stepdistill.run")
     module.__dict__.update(train=train, export=export)

@@ -32,8 +32,9 @@ from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.base import Batch, Frozen, Head, Loss, Phase, Recorded, Role, Step, Trained
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.recipe import Recipe
-from stepdistill.run import open_batches, train
+from stepdistill.run import train
 from stepdistill.run_folder import RunFolder
+from stepdistill.streams import open_batches
 from stepdistill.trainer import Trainer
 from tests.invariants.test_resume import assert_same_state, final_weights, last_checkpoint
 from tests.tiny import LORA, PaintedLatents, scramble, tiny_recipe, trainer_of, weights_of

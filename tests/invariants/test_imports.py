@@ -31,6 +31,7 @@ FORBIDDEN = {
     "denoiser": ("families", "objectives", "cast", "trainer", "recipe", "data"),
     "adapters": ("denoiser", "families", "objectives", "cast", "trainer", "recipe"),
     "attention": ("families", "objectives", "cast", "trainer", "recipe", "cli", "run", "data", "export", "bench"),
+    "guidance": ("families", "objectives", "cast", "trainer", "recipe", "cli", "run", "data", "export", "bench"),
     "attention_processors": ("denoiser", "condition", "families", "objectives", "cast", "trainer", "recipe"),
     "losses": ("denoiser", "families", "objectives", "cast", "trainer", "recipe"),
     "sampling": ("families", "objectives", "cast", "trainer", "recipe"),
@@ -44,7 +45,7 @@ FORBIDDEN = {
     "recipe": ("trainer", "player", "cast", "families", "run", "export", "bench", "data"),
 }  # fmt: skip
 
-ORDINARY_WORDS = {"sum", "clip", "add"}  # names of objectives that any program may contain
+ORDINARY_WORDS = {"sum", "clip", "add", "guidance"}  # names of objectives that any program may contain
 
 
 def module_of(file: Path) -> str:

@@ -7,43 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-)
 
 from stepdistill.bench import benchmark, report
 from stepdistill.bench.generate import ModelUnderTest, generate_images, image_seed, load_pipeline
 from stepdistill.bench.metrics.clip_score import ClipEvaluator
 from stepdistill.bench.prompts import ShapesProtocol, render_scenes
 from stepdistill.errors import UserError
+from tests.benches import tiny_evaluator, tiny_teacher
 
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPTS = ["a red circle", "a blue ring on white", "a shape"]
-
-
-def text_config() -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=54, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=24, projection_dim=8, bos_token_id=52, eos_token_id=53, pad_token_id=53,
-    )  # fmt: skip
-
-
-def tokenizer() -> CLIPTokenizer:
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(letter + "</w>" for letter in letters), START, END]
-    return CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=24, bos_token=START,
-        eos_token=END, unk_token=END, pad_token=END,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,41 +29,12 @@ def quiet() -> None:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion folder of random weights, 64 pixels, in half precision like the bundled one."""
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
-        norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text_config()), tokenizer=tokenizer(), unet=unet,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    ).to(torch.float16).save_pretrained(folder)  # fmt: skip
-    return folder
+    return tiny_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
 def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(1)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16,
-        projection_dim=8,
-    )  # fmt: skip
-    config = CLIPConfig(text_config=text_config().to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    CLIPModel(config).half().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    CLIPImageProcessor(
-        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(folder)
-    return folder
+    return tiny_evaluator(tmp_path_factory.mktemp("clip"))
 
 
 def under_test(teacher: Path, **changes: object) -> ModelUnderTest:
@@ -180,7 +126,7 @@ def test_a_benchmark_writes_table_numbers_and_pictures(teacher: Path, evaluator:
     )  # fmt: skip
     assert capsys.readouterr().out == ""
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
-        "pareto.png", "report.json", "report.md", "samples.png",
+        "cells", "pareto.png", "report.html", "report.json", "report.md", "samples.png",
     ]  # fmt: skip
     assert report.load_report(tmp_path / "report").rows == result.rows
     first, second = result.rows
@@ -192,6 +138,15 @@ def test_a_benchmark_writes_table_numbers_and_pictures(teacher: Path, evaluator:
     assert result.protocol["reference"] == 20
     assert {p.label for p in told} == {"real images", "teacher", "fast"}
     assert told[-1] == benchmark.Progress("fast", 6, 6)
+    assert set(first.times) == {"text", "denoiser", "vae"} and min(first.times.values()) > 0
+    assert first.times["denoiser"] + first.times["vae"] <= first.ms_per_image
+    assert first.latency_ms > 0 and first.images_per_second > 0
+    unet = UNet2DConditionModel.from_pretrained(teacher / "unet")
+    assert first.parameters == sum(p.numel() for p in unet.parameters())
+    for row in result.rows:
+        for name in ("fid", "kid", "clip_score", "caption_accuracy", "precision"):
+            low, high = row.intervals[name]
+            assert low <= getattr(row, name) <= high, name
 
 
 def test_real_scenes_get_the_best_scores(evaluator: Path) -> None:
@@ -231,9 +186,9 @@ def test_a_protocol_without_images_is_refused(changes: dict) -> None:
         ShapesProtocol(**changes)
 
 
-def test_a_model_that_diverged_is_named(evaluator: Path, teacher: Path) -> None:
-    scorer = benchmark.Scorer(ShapesProtocol(prompts=3, images_per_prompt=2, reference=20, evaluator=str(evaluator)))
-    result = made(under_test(teacher, name="broken"))
-    result.images[0, 0, 0, 0] = torch.nan
+def test_a_model_that_diverged_is_named(evaluator: Path, teacher: Path, tmp_path: Path, monkeypatch) -> None:
+    nan = torch.tensor(torch.nan)
+    monkeypatch.setattr(benchmark.Painter, "__call__", lambda self, jobs: nan.expand(len(jobs), 3, 64, 64))
+    protocol = ShapesProtocol(prompts=3, images_per_prompt=2, reference=20, evaluator=str(evaluator))
     with pytest.raises(UserError, match="broken"):
-        scorer.row(under_test(teacher, name="broken"), result)
+        benchmark.run_benchmark([under_test(teacher, name="broken")], protocol=protocol, output=tmp_path)

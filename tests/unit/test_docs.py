@@ -20,7 +20,10 @@ from pydantic import BaseModel
 import stepdistill
 from benchmarks import render_tables
 from stepdistill import Recipe
+from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.cli import app
+from stepdistill.cli_bench import MEASURE
+from stepdistill.cli_models import COMMA
 from stepdistill.families import FAMILIES
 from stepdistill.objectives import OBJECTIVES, resolve
 from stepdistill.recipe import PlayerConfig, StageConfig
@@ -86,13 +89,21 @@ def test_every_command_in_the_documentation_is_understood() -> None:
 def check_own_command(where: str, words: list[str]) -> None:
     group = typer.main.get_command(app)
     command = group.commands[words[0]]  # type: ignore[attr-defined]
+    if words[0] == "bench":
+        check_bench(where, command, words[1:])
+        return
     context = command.make_context(words[0], words[1:])  # a usage error for unknown options
     if words[0] == "train":
         Recipe.load(context.params["recipe"], context.params["overrides"] or []).resolved()
-    elif words[0] == "bench":
-        known = ("name", "steps", "guidance_scale", "lora", "scheduler", "precision")
-        keys = [pair.partition("=")[0] for text in context.params["models"] for pair in text.split(",")[1:]]
-        assert set(keys) <= set(known), f"{where}: unknown key of a model in {words}"
+
+
+def check_bench(where: str, group: Any, words: list[str]) -> None:
+    name = words.pop(0) if words[0] in group.commands else MEASURE
+    given = group.commands[name].make_context(name, words).params
+    known = {field.name for field in dataclasses.fields(ModelUnderTest)} | {"nfe"}
+    for text in [*(given.get("models") or []), *(given.get("model") or [])]:
+        keys = {pair.partition("=")[0] for pair in COMMA.split(text)[1:]}
+        assert keys <= known, f"{where}: unknown key of a model in {text}"
 
 
 def test_every_recipe_snippet_is_a_valid_part_of_a_recipe() -> None:

@@ -34,13 +34,20 @@ def precision_recall(made: Tensor, real: Tensor, neighbours: int = 3) -> Precisi
     Raises:
         ValueError: a set has no more samples than `neighbours`.
     """
+    good, met = coverage(made, real, neighbours)
+    return PrecisionRecall(good.double().mean().item(), met.double().mean().item())
+
+
+def coverage(made: Tensor, real: Tensor, neighbours: int = 3) -> tuple[Tensor, Tensor]:
+    """Which made samples look real, (N,), and which real ones the generator could have made, (M,).
+
+    Args and errors are those of `precision_recall`.
+    """
     if min(len(made), len(real)) <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} samples of each kind, "
                          f"got {len(made)} and {len(real)}")  # fmt: skip
     made, real = made.detach().double().cpu(), real.detach().double().cpu()
-    return PrecisionRecall(
-        _covered(made, real, _radii(real, neighbours)), _covered(real, made, _radii(made, neighbours))
-    )
+    return _covered(made, real, _radii(real, neighbours)), _covered(real, made, _radii(made, neighbours))
 
 
 def _radii(samples: Tensor, neighbours: int) -> Tensor:
@@ -50,10 +57,10 @@ def _radii(samples: Tensor, neighbours: int) -> Tensor:
     return torch.cat([_distances(c, samples).kthvalue(neighbours + 1, dim=1).values for c in chunks])
 
 
-def _covered(samples: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """Share of samples (N, D) within any ball around the centres (M, D) of radius (M,)."""
+def _covered(samples: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """Which of the samples (N, D) lie within any ball around the centres (M, D) of radius (M,): (N,)."""
     inside = [(_distances(chunk, centres) <= radii).any(1) for chunk in torch.split(samples, CHUNK)]
-    return torch.cat(inside).double().mean().item()
+    return torch.cat(inside)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""Pipelines that are more than a folder: one file of weights, or a base with one of our adapters on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepdistill.errors import UserError
+from stepdistill.routed import is_routed, load_students
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from stepdistill.bench.generate import ModelUnderTest
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def load_single_file(path: str, config: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+    """One file of weights, as other programs pass them around => pipeline.
+
+    Args:
+        path: safetensors file.
+        config: Diffusers folder or hub id with the other files; None takes the hub id that Diffusers finds by looking
+            at the weights.
+        dtype: of all parts.
+
+    Raises:
+        UserError: the file is no safetensors.
+        OSError, ValueError: what Diffusers says to files that do not fit.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+    if Path(path).suffix != ".safetensors":
+        raise UserError(f"{path}: only safetensors files are read; convert it, or give a Diffusers folder")
+    if config is None:
+        config = str(fetch_diffusers_config(load_single_file_checkpoint(path))["pretrained_model_name_or_path"])
+    offline = bool(os.environ.get("HF_HUB_OFFLINE"))
+    index = diffusers.DiffusionPipeline.load_config(config, local_files_only=offline)
+    kind: Any = getattr(diffusers, index["_class_name"])
+    pipeline: DiffusionPipeline = kind.from_single_file(path, config=config, dtype=dtype, local_files_only=offline)
+    return pipeline
+
+
+def open_pipeline(model: ModelUnderTest, path: str, dtype: torch.dtype) -> Any:
+    """A Diffusers folder or hub id, one file of weights, or a folder of several students => pipeline.
+
+    Raises:
+        UserError: students that cannot be loaded; one file that is no safetensors.
+        OSError, ValueError, AttributeError: what Diffusers says to what it cannot load.
+    """
+    from diffusers import DiffusionPipeline
+
+    if is_routed(path):
+        return _load_several(model, path, dtype)
+    if Path(path).is_file():
+        return load_single_file(path, model.config, dtype)
+    return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
+
+
+def _load_several(model: ModelUnderTest, folder: str, dtype: torch.dtype) -> Any:
+    single = {"lora": model.lora, "adapter": model.adapter, "base": model.base}
+    given = [name for name, value in single.items() if value is not None]
+    if given:
+        raise UserError(f"{model.name}: {folder} holds several students, which have no use for {given[0]}; name "
+                        "one of them, such as its folder student-0")  # fmt: skip
+    return load_students(folder, rule=model.rule, dtype=dtype)
+
+
+def put_on_adapter(pipeline: DiffusionPipeline, path: str, guidance: float, name: str) -> None:
+    """Loads one of our guidance adapters onto a pipeline and tells it the scale.
+
+    Raises:
+        UserError: there is none at `path`; the text names the model.
+    """
+    from stepdistill.guidance.files import load_adapter
+
+    try:
+        load_adapter(pipeline, path, guidance=guidance)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: {path} cannot be loaded as an adapter ({first_line(error)})") from error
+
+
+def image_files(path: str) -> list[Path]:
+    """The images of a plain folder in order of their names; none if it is a pipeline or no folder."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,365 @@
+"""Protocols on photographs, as papers have them: prompts, their number, how images are prepared, and real statistics.
+
+The real images are the user's own copies. `prepare` turns them into statistics once, in a folder that holds all that a
+protocol needs:
+
+    prompts.txt             a prompt a line
+    statistics.safetensors  <network>.mean, .covariance, .count, .features (some of them, for KID)
+    protocol.json           how they were made, with hashes
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.bench.loading import IMAGE_SUFFIXES
+from stepdistill.bench.metrics.base import MissingError, Observer
+from stepdistill.bench.metrics.figures import Reference
+from stepdistill.bench.metrics.frechet import Moments
+from stepdistill.bench.metrics.kit import (
+    DISTANCES,
+    Kit,
+    Network,
+    chosen,
+    dinov2_network,
+    inception_network,
+    patch_network,
+    prepared,
+)
+from stepdistill.bench.metrics.networks import Clip, by_path, square
+from stepdistill.bench.metrics.weights import PLAIN, Weights, fingerprint
+from stepdistill.bench.study import Study
+from stepdistill.data.prompts import load_prompts
+from stepdistill.errors import UserError
+from stepdistill.files import replacing
+
+
+FEATURES_KEPT = 10_000  # for KID, precision and recall, which want sets of equal size
+PATCH_SIDE = 1024  # images are this large when patches of them are compared
+PROMPTS, STATISTICS, FACTS = "prompts.txt", "statistics.safetensors", "protocol.json"
+PREFIX = "A photo depicts "  # DMD2, main/coco_eval/coco_evaluator.py
+
+
+@dataclass(frozen=True)
+class Standard:
+    """A protocol of the literature.
+
+    Attributes:
+        count: prompts, one image of each.
+        side: both sides are cut to the middle square and resized to this by Lanczos's filter; None: neither.
+        patch: patch FID is usual too.
+        prefix: before the prompts of CLIP scores.
+        reference: which real images, in words.
+        real: how many of them, the first by name; None: all.
+        seed: of the noise in the source.
+        source: where this is written.
+    """
+
+    count: int
+    side: int | None
+    patch: bool
+    prefix: str
+    reference: str
+    real: int | None
+    seed: int
+    source: str
+
+
+STANDARDS: Mapping[str, Standard] = {
+    "coco30k": Standard(
+        30_000, 256, False, PREFIX, "all 40,504 images of COCO val2014", None, 10,
+        "DMD2 (arXiv 2405.14867), main/coco_eval, after GigaGAN; captions_coco14_test.txt",
+    ),
+    "coco10k-sdxl": Standard(
+        10_000, 512, True, PREFIX, "the 10,000 COCO images that belong to the prompts", 10_000, 10,
+        "DMD2 (arXiv 2405.14867), main/test_folder_sd.py with eval_res 512; the first 10,000 captions",
+    ),
+    "mjhq30k": Standard(
+        30_000, None, False, "", "the 30,000 images of MJHQ-30K", None, 0,
+        "Playground v2.5 (arXiv 2402.17245), used by PixArt-Sigma and Sana; prompts of its meta_data.json",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptProtocol:
+    """Prompts of a file, and statistics of real images if they were prepared.
+
+    Attributes:
+        kind: name of a `Standard`, or "prompts".
+        prompts: texts.
+        prompts_sha256: of the file that they come from.
+        images_per_prompt: K.
+        folder: of `prepare`; None: there is no reference, so no distances to one.
+        side, prefix: as in `Standard`.
+        features: function that gives features instead of Inception, as package.module:name.
+    """
+
+    kind: str
+    prompts: tuple[str, ...]
+    prompts_sha256: str
+    images_per_prompt: int = 1
+    folder: str | None = None
+    side: int | None = None
+    prefix: str = ""
+    features: str | None = None
+
+    @classmethod
+    def of_file(cls, file: str, *, count: int | None = None, images_per_prompt: int = 1) -> PromptProtocol:
+        """The prompts of a file of one's own.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        found = load_prompts(file, count=count)
+        return cls("prompts", found.prompts, fingerprint(file), images_per_prompt)
+
+    @classmethod
+    def standard(
+        cls, kind: str, folder: Path, *, count: int | None = None, images_per_prompt: int = 1
+    ) -> PromptProtocol:
+        """A protocol of `STANDARDS` that was prepared in `folder`.
+
+        Args:
+            kind: its name.
+            folder: of `prepare`.
+            count: fewer prompts, the first ones: no longer the papers' protocol, and its FID is named accordingly.
+            images_per_prompt: K; the papers have 1.
+
+        Raises:
+            UserError: it was not prepared; says how to.
+        """
+        file = folder / FACTS
+        if not file.is_file():
+            raise UserError(f"protocol {kind}: {file} is not there; make it with: stepdistill bench prepare {kind} "
+                            f"--images DIR --prompts FILE --output {folder}")  # fmt: skip
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts["kind"] != kind:
+            raise UserError(f"{file}: was prepared for {facts['kind']}, not for {kind}")
+        lines = (folder / PROMPTS).read_text(encoding="utf-8").splitlines()
+        return cls(kind, tuple(lines[:count]), facts["prompts_sha256"], images_per_prompt, str(folder), facts["side"],
+                   facts["prefix"], facts["features"])  # fmt: skip
+
+    def study(self, device: str, metrics: Sequence[str] | None = None, weights: Weights = PLAIN) -> Study:
+        """This protocol, ready to measure.
+
+        Args:
+            device: where metrics compute.
+            metrics: names; None takes the usual ones.
+            weights: where networks lie.
+        """
+        kit = Kit(
+            weights, device, features=lambda: feature_network(weights, device, self.features, self._look),
+            clip=lambda: self._clip(weights, device), reference=self._reference, seen=self._look,
+            patch=functools.partial(square, side=PATCH_SIDE),
+        )  # fmt: skip
+        found, missing = kit.build(chosen(metrics, self._usual()))
+        facts: dict[str, Any] = {key: value for key, value in asdict(self).items() if key != "prompts"}
+        facts |= {
+            "count": len(self.prompts),
+            "clip": weights.paths.get("clip", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"),
+        }
+        if self.folder is not None:
+            facts["prepared"] = json.loads((Path(self.folder) / FACTS).read_text(encoding="utf-8"))
+            facts["statistics_sha256"] = fingerprint(str(Path(self.folder) / STATISTICS))
+        return Study(
+            self.prompts, self.images_per_prompt, found, facts, missing,
+            kept_prompts=min(64 if any(not metric.observers for metric in found) else 8, len(self.prompts)),
+        )  # fmt: skip
+
+    def _usual(self) -> tuple[str, ...]:
+        distances = tuple(DISTANCES) if self.folder is not None else ()
+        patch = ("patch_fid",) if self.kind in STANDARDS and STANDARDS[self.kind].patch else ()
+        variety = ("feature_diversity", "vendi") if self.images_per_prompt > 1 else ()
+        return (*distances, *patch, "clip_score", *variety)
+
+    def _look(self, images: Tensor) -> Tensor:
+        return images if self.side is None else square(images, self.side)
+
+    def _clip(self, weights: Weights, device: str) -> tuple[str, str, Clip]:
+        path = weights.find("clip")
+        return "clip", fingerprint(path), Clip(path, device, self.prefix)
+
+    def _reference(self, name: str, observer: Observer) -> Reference:
+        if self.folder is None:
+            raise MissingError("there are no real images to compare with; prepare a protocol")
+        tensors = load_file(Path(self.folder) / STATISTICS)
+        if f"{name}.mean" not in tensors:
+            raise MissingError(f"{self.folder} has no statistics of {name}; prepare it again with its weights at hand")
+        moments = Moments.of(int(tensors[f"{name}.count"]), tensors[f"{name}.mean"], tensors[f"{name}.covariance"])
+        return Reference(moments, tensors[f"{name}.features"])
+
+
+def feature_network(weights: Weights, device: str, path: str | None, look: Callable[[Tensor], Tensor]) -> Network:
+    """What FID looks through: Inception, or a function of the user's.
+
+    Raises:
+        MissingError: Inception's weights are nowhere.
+        UserError: there is no such function.
+    """
+    if path is None:
+        return inception_network(weights, device, look)
+    return Network(path, prepared(by_path(path), look), path)
+
+
+@dataclass
+class _Statistics:
+    """What accumulates of real images through one network."""
+
+    network: Network
+    kept: list[Tensor] = field(default_factory=list)
+    moments: Moments | None = None
+
+    def add(self, images: Tensor) -> None:
+        rows = self.network.observer(images, [""] * len(images))
+        self.moments = (self.moments or Moments(rows.shape[1])).add(rows)
+        if sum(map(len, self.kept)) < FEATURES_KEPT:
+            self.kept.append(rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        assert self.moments is not None, "there is at least one image"
+        name, moments = self.network.name, self.moments
+        return {
+            f"{name}.mean": moments.mean,
+            f"{name}.covariance": moments.covariance,
+            f"{name}.count": torch.tensor(moments.count),
+            f"{name}.features": torch.cat(self.kept)[:FEATURES_KEPT],
+        }
+
+
+def prepare(  # noqa: PLR0913  # what the command asks for
+    kind: str,
+    images: Path,
+    prompts: Path,
+    folder: Path,
+    *,
+    weights: Weights = PLAIN,
+    features: str | None = None,
+    device: str = "cpu",
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
+    """Makes a protocol's folder from the user's own copy of its images.
+
+    Args:
+        kind: name of a `Standard`.
+        images: folder with the real images, at any depth.
+        prompts: file with the prompts.
+        folder: where it is written.
+        weights: where networks lie.
+        features: function that gives features instead of Inception, as package.module:name.
+        device: where networks compute.
+        batch_size: images at a time.
+        on_progress: gets the numbers of images done and to do.
+
+    Returns:
+        Networks that were left out, with the reason.
+
+    Raises:
+        UserError: there are no images or too few prompts, or not even FID's network is to be had.
+    """
+    if kind not in STANDARDS:
+        raise UserError(f"protocol {kind!r} is unknown; choose from {', '.join(STANDARDS)}")
+    standard = STANDARDS[kind]
+    texts, prompts_sha256 = _prompts(prompts, standard)
+    files = sorted(f for f in images.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)[: standard.real]
+    if len(files) < 2:
+        raise UserError(f"{images}: holds no images ({', '.join(IMAGE_SUFFIXES)}); {kind} wants {standard.reference}")
+    statistics, missing = _networks(standard, weights, features, device)
+    digest = hashlib.sha256()
+    for start in range(0, len(files), batch_size):
+        for batch in _batches(files[start : start + batch_size], images, digest):
+            for one in statistics:
+                one.add(batch)
+        if on_progress is not None:
+            on_progress(min(start + batch_size, len(files)), len(files))
+    facts = {
+        "kind": kind, **{key: value for key, value in asdict(standard).items() if key not in ("real", "patch")},
+        "features": features, "prompts_file": prompts.name, "prompts_sha256": prompts_sha256, "images": len(files),
+        "images_sha256": digest.hexdigest(), "weights": {one.network.name: one.network.sha256 for one in statistics},
+    }  # fmt: skip
+    _write(folder, texts, statistics, facts)
+    return missing
+
+
+def _write(folder: Path, texts: Sequence[str], statistics: Sequence[_Statistics], facts: Mapping[str, Any]) -> None:
+    with replacing(folder) as fresh:
+        (fresh / PROMPTS).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        tensors = {name: tensor.contiguous() for one in statistics for name, tensor in one.tensors().items()}
+        save_file(tensors, fresh / STATISTICS)
+        (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _prompts(file: Path, standard: Standard) -> tuple[list[str], str]:
+    """The first prompts of a file, each in one line, and the file's hash; MJHQ's is {id: {category, prompt}}."""
+    content: Any = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else None
+    if isinstance(content, dict):
+        found: Sequence[str] = [entry["prompt"] for entry in content.values()]
+    else:
+        found = load_prompts(file).prompts
+    if len(found) < standard.count:
+        raise UserError(f"{file}: has {len(found):,} prompts, the protocol wants {standard.count:,}: "
+                        f"{standard.source}")  # fmt: skip
+    return [" ".join(text.split()) for text in found[: standard.count]], fingerprint(str(file))
+
+
+def _networks(
+    standard: Standard, weights: Weights, features: str | None, device: str
+) -> tuple[list[_Statistics], dict[str, str]]:
+    """Every network whose weights are at hand, FID's first."""
+
+    def look(images: Tensor) -> Tensor:
+        return images if standard.side is None else square(images, standard.side)
+
+    try:
+        found = [_Statistics(feature_network(weights, device, features, look))]
+    except MissingError as error:
+        raise UserError(f"FID has no network: {error}; or give --features package.module:name") from error
+    missing = {}
+    makers: dict[str, Callable[[], Network]] = {"dinov2": lambda: dinov2_network(weights, device, look)}
+    if standard.patch:
+        enlarge = functools.partial(square, side=PATCH_SIDE)
+        makers["inception-patch"] = lambda: patch_network(weights, device, enlarge)
+    for name, make in makers.items():
+        try:
+            found.append(_Statistics(make()))
+        except MissingError as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def _batches(files: Sequence[Path], root: Path, digest: Any) -> list[Tensor]:
+    """Images of one size together, (B, 3, H, W) in [0, 1]; their names and bytes go into the hash."""
+    groups: dict[tuple[int, int], list[Tensor]] = {}
+    for file in files:
+        data = file.read_bytes()
+        digest.update(f"{file.relative_to(root).as_posix()} {hashlib.sha256(data).hexdigest()}\n".encode())
+        image = read_image(file)
+        groups.setdefault((image.shape[1], image.shape[2]), []).append(image)
+    return [torch.stack(group) for group in groups.values()]
+
+
+def read_image(file: Path) -> Tensor:
+    """A file => (3, H, W) in [0, 1].
+
+    Raises:
+        UserError: it is no image.
+    """
+    try:
+        with Image.open(file) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read as an image ({error})") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

@@ -1,0 +1,162 @@
+"""What the commands understand by a model: a few words => how that model is called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepdistill.errors import UserError
+
+
+if TYPE_CHECKING:
+    from stepdistill.bench.generate import ModelUnderTest
+
+PLAIN_STEPS, PLAIN_GUIDANCE = 25, 3.0  # for models that do not say how they want to be called, such as teachers
+COMMA = re.compile(r",(?![^\[]*\])")  # one that is not within brackets
+ADAPTER_FILE, ADAPTER_HEADER = "adapter.safetensors", "guidance_adapter"
+
+
+def parse_model(text: str) -> ModelUnderTest:
+    """``path,key=value,...`` => how that model is called; defaults come from its folder.
+
+    Raises:
+        UserError: what cannot be understood, or stands for several models.
+    """
+    models = parse_models(text)
+    if len(models) > 1:
+        raise UserError(f"model {text!r}: stands for {len(models)} models, here one is wanted")
+    return models[0]
+
+
+def parse_models(text: str, nfe: Sequence[int] = ()) -> list[ModelUnderTest]:
+    """``[name=]path[+file][,key=value,...]`` => how that model is called, once for each cell that it stands for.
+
+    ``+file`` puts a LoRA or a guidance adapter on the model. ``nfe=[1,2,4]`` calls it at several numbers of network
+    calls, ``scheduler=[dpm++,unipc]`` through several schedulers.
+
+    Args:
+        text: as above.
+        nfe: numbers of network calls for a model that does not say how many steps it wants.
+
+    Raises:
+        UserError: what cannot be understood.
+    """
+    name, path, given = _words(text)
+    calls, schedulers = given.pop("nfe", None), given.get("scheduler")
+    if isinstance(schedulers, list):
+        given["scheduler"] = None
+    path, addon = _addon(path)
+    model = model_under_test(path, {**addon, **({"name": name} if name else {}), **given})
+    models = [model]
+    if isinstance(schedulers, list):
+        models = [replace(model, name=f"{model.name} ({word})", scheduler=str(word)) for word in schedulers]
+    if calls is None and nfe and "steps" not in given and not _says_steps(model):
+        calls = list(nfe)
+    return models if calls is None else [cell for model in models for cell in _cells(model, calls, text)]
+
+
+def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
+    """How a model is called: as given, else as its distillation_config.json says, else like a teacher."""
+    from stepdistill.bench.generate import ModelUnderTest
+    from stepdistill.options import build_dataclass
+
+    folder = Path(model)
+    path = folder / "pipeline" if (folder / "pipeline" / "model_index.json").is_file() else folder
+    if (folder / "adapter").is_dir() and not given.get("adapter"):  # a run whose student is a guidance adapter
+        given = {**given, "adapter": str(folder / "adapter")}
+        path = facts_of(folder / "adapter").get("teacher", path)
+    options: dict[str, Any] = {
+        "name": folder.name, "path": str(path) if folder.exists() else model, "steps": PLAIN_STEPS,
+        "guidance_scale": PLAIN_GUIDANCE,
+    }  # fmt: skip
+    lora = Path(str(given.get("lora") or ""))
+    # An adapter has a guidance scale, and leaves all else to the LoRA or the pipeline that it is put on.
+    beside = facts_of(Path(given["adapter"])) if given.get("adapter") else {}
+    facts = {**beside, **(facts_of(lora) if given.get("lora") else facts_of(Path(path)))}
+    facts |= {key: beside[key] for key in ("guidance_scale",) if key in beside}
+    options |= {key: facts[key] for key in ("steps", "guidance_scale", "eta") if key in facts}
+    if given.get("lora") and (lora / "scheduler").is_dir():
+        options["scheduler"] = str(lora / "scheduler")
+    options |= {key: value for key, value in given.items() if value is not None}
+    tested: ModelUnderTest = build_dataclass(ModelUnderTest, options, f"model {model}")
+    return tested
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a folder's distillation_config.json says; nothing where there is none.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    import json
+
+    from stepdistill.export.pipeline import FACTS_FILE
+
+    file = folder / FACTS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); export the model again") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def _words(text: str) -> tuple[str | None, str, dict[str, Any]]:
+    """=> name, if one is given, path, and what stands behind the commas."""
+    from stepdistill.recipe_text import parse_yaml
+
+    path, *pairs = COMMA.split(text)
+    name = None
+    if "=" in path and not Path(path).exists():
+        name, _, path = path.partition("=")
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"model {text!r}: {pair!r} is not key=value, for example {path},steps=4")
+        options[key] = parse_yaml(value, f"model {text!r}: {key}")
+    return name, path, options
+
+
+def _addon(path: str) -> tuple[str, dict[str, str]]:
+    """``base+file`` => base, and what the file is; a path that has a plus in it is itself."""
+    base, plus, file = path.partition("+")
+    if not plus or Path(path).exists():
+        return path, {}
+    return base, {"adapter" if _is_adapter(Path(file)) else "lora": file}
+
+
+def _is_adapter(path: Path) -> bool:
+    if path.is_dir():
+        return (path / ADAPTER_FILE).is_file()
+    if not path.is_file():
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return ADAPTER_HEADER in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False  # which whoever loads it will say
+
+
+def _says_steps(model: ModelUnderTest) -> bool:
+    places = [place for place in (model.path, model.lora) if place is not None]
+    return any("steps" in facts_of(Path(place)) for place in places)
+
+
+def _cells(model: ModelUnderTest, calls: Any, text: str) -> list[ModelUnderTest]:
+    from stepdistill.bench.models import at_nfe
+
+    numbers = calls if isinstance(calls, list) else [calls]
+    if not numbers or not all(type(count) is int and count > 0 for count in numbers):
+        raise UserError(f"model {text!r}: nfe is a list of numbers of network calls, such as nfe=[1,2,4]")
+    found = at_nfe(model, numbers)
+    if not found:
+        raise UserError(f"model {text!r}: guidance doubles every call, so it cannot make an odd number of them; give "
+                        "an even one, or guidance_scale=1")  # fmt: skip
+    return found

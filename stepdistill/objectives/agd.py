@@ -1,0 +1,74 @@
+"""Adapter guidance distillation: guidance from small modules beside a network that is not changed.
+
+Jensen and Sadat 2025, "Efficient Distillation of Classifier-Free Guidance using Adapters", arXiv 2503.07274.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stepdistill.guidance.modules import AdapterSettings, Form
+from stepdistill.losses import weighted_mse
+from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.guidance import check_steps, even_timesteps, visited_of
+
+
+if TYPE_CHECKING:
+    from stepdistill.cast import Cast
+
+
+@dataclass(frozen=True)
+class AGD:
+    """An adapter says in one pass what guidance says in two, on paths of the guided teacher itself.
+
+    It learns on stored paths, and not on noised images: those are not where guided sampling leads, and what is learnt
+    there does not fit where it is used.
+
+    Attributes:
+        form: "attention": tokens of a layer attend to scale, time and prompt; "offset": one vector is added to all.
+        width: of the adapter's own tokens.
+        frequency: standard deviation of the frequencies by which a scale is embedded, in turns per unit of scale; the
+            paper's offset form has 1000.
+        proportional: what is added is multiplied by scale - 1, as the correction of guidance is.
+        call_guidance: the scale that the adapter has until it is given another.
+        steps: of the previews and of the measurement; the student may be called with any number.
+    """
+
+    form: Form = "attention"
+    width: int = 320
+    frequency: float = 1.0
+    proportional: bool = False
+    call_guidance: float = 3.0
+    steps: int = 25
+
+    def __post_init__(self) -> None:
+        _ = self.adapter  # refuses what is no size
+        check_steps(self.steps)
+
+    @property
+    def adapter(self) -> AdapterSettings:
+        """Size and form of the student."""
+        return AdapterSettings(self.form, self.width, self.frequency, self.proportional)
+
+    def roles(self) -> Mapping[str, Role]:
+        return {"teacher": Frozen(), "student": Trained(adapter=self.adapter)}
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return (Phase("student", ("student",), self.loss, stream="states"),)
+
+    def after_step(self, cast: Cast, step: int) -> None:
+        return None
+
+    def inference(self) -> InferenceSpec:
+        return InferenceSpec(
+            even_timesteps(self.steps), "own", guidance_scale=self.call_guidance, embeds_guidance=True,
+            adapter=self.adapter,
+        )  # fmt: skip
+
+    def loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
+        """|eps_{theta, A}(x_t, t, c, scale) - eps_guided|^2, in the network's own output; only A is trained."""
+        place = visited_of(batch)
+        said = cast.denoiser("student")(place.x_t, place.t, batch.condition.with_guidance(place.guidance))
+        return Loss({"agd": weighted_mse(said.native, place.native)})

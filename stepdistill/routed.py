@@ -1,0 +1,294 @@
+"""Several students as one model: a stock pipeline whose network is, row by row, that of the prompt's own student.
+
+    from stepdistill import load_students
+    pipe = load_students("runs/NAME")
+    images = pipe(["a red circle", "a blue ring"], num_inference_steps=1, guidance_scale=1).images
+
+On disk it is a folder with students.json, the partition's files, and the students, each of which is a stock Diffusers
+folder that works alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.assets import resolve_model_path
+from stepdistill.errors import UserError
+from stepdistill.labels import class_label
+from stepdistill.partition import Embedder, Partition, Router, load_partition
+
+
+STUDENTS_FILE = "students.json"
+FORMAT = 1
+NETWORKS = ("unet", "transformer")
+
+
+class RoutedNetwork(nn.Module):
+    """Stands where a pipeline has its network, and calls for every row of the batch the network of its student.
+
+    Args:
+        networks: the students' networks, or the one that they are adapters of.
+        select: the number of a student => the network that computes as this student from now on.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], select: Callable[[int], nn.Module] | None = None) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.rows: tuple[int, ...] = ()
+        self._select = select or (lambda number: self.networks[number])
+
+    @property
+    def config(self) -> Any:
+        """The Diffusers configuration, which the students share."""
+        first: Any = self.networks[0]
+        return first.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.networks[0].parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.networks[0].parameters()).device
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """As the students' own; tensors with a row per sample are divided, everything else goes to all."""
+        count = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim))
+        if not self.rows or count % len(self.rows):
+            raise UserError(f"a batch of {count} rows does not belong to {len(self.rows)} routed prompts; call the "
+                            "routed pipeline, not the stock one inside of it")  # fmt: skip
+        # Guidance stacks the batch on itself: its unconditional rows go where their prompts go.
+        students = torch.tensor(self.rows * (count // len(self.rows)))
+        output: Tensor | None = None
+        for number in sorted(set(self.rows)):
+            mine = (students == number).nonzero().flatten()
+            own, named = ([_rows(v, mine, count) for v in args], {k: _rows(v, mine, count) for k, v in kwargs.items()})
+            part = self._select(number)(*own, **named, return_dict=False)[0]
+            output = part.new_zeros((count, *part.shape[1:])) if output is None else output
+            output[mine.to(part.device)] = part
+        assert output is not None, "there is at least one row"
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _rows(value: Any, mine: Tensor, count: int) -> Any:
+    """The student's rows of what has a row per sample; everything else as it is."""
+    return value[mine.to(value.device)] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+
+
+class RoutedPipeline:
+    """A stock pipeline and the partition that says which student draws which prompt.
+
+    Args:
+        stock: the pipeline, with a `RoutedNetwork` as its network.
+        router: prompts => students.
+
+    Attributes:
+        stock: the same.
+    """
+
+    def __init__(self, stock: Any, router: Router) -> None:
+        self.stock, self._router = stock, router
+        (self._network,) = (part for part in stock.components.values() if isinstance(part, RoutedNetwork))
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The stock pipeline's parts, with the students' networks as `unet_0`, `unet_1` and so on."""
+        parts: dict[str, Any] = dict(self.stock.components)
+        name = next(name for name, part in parts.items() if part is self._network)
+        del parts[name]
+        return {**parts, **{f"{name}_{number}": part for number, part in enumerate(self._network.networks)}}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self.stock.device
+        return device
+
+    @property
+    def scheduler(self) -> Any:
+        """The schedule that the students share."""
+        return self.stock.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self.stock.scheduler = scheduler
+
+    def register_modules(self, **modules: Any) -> None:
+        """Takes other parts, of a copy of the stock pipeline: a copy of this one may share it."""
+        self.stock = copy.copy(self.stock)
+        self.stock.register_modules(**modules)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """As the stock pipeline's."""
+        self.stock.set_progress_bar_config(**options)
+
+    def to(self, *args: Any, **kwargs: Any) -> RoutedPipeline:
+        """Moves all parts."""
+        self.stock.to(*args, **kwargs)
+        return self
+
+    def parts(self, prompts: Sequence[str]) -> list[int]:
+        """The number of each prompt's student."""
+        return self._router(prompts)
+
+    def __call__(
+        self, prompt: str | Sequence[str], *, num_images_per_prompt: int = 1, eta: float | None = None, **options: Any
+    ) -> Any:
+        """Draws every prompt with its own student, in the order of the prompts.
+
+        Args:
+            prompt: one or several texts; of a class-conditional model, numbers or names of classes.
+            num_images_per_prompt: as in the stock pipeline.
+            eta: share of fresh noise between steps, for students with a TCDScheduler.
+            **options: of the stock pipeline's call.
+
+        Returns:
+            What the stock pipeline returns.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._network.rows = tuple(n for n in self.parts(prompts) for _ in range(num_images_per_prompt))
+        try:
+            if "class_labels" in self._accepted:
+                labels = [class_label(self.stock, text) for text in prompts for _ in range(num_images_per_prompt)]
+                return self.stock(class_labels=labels, **options)
+            extra = {} if eta is None or "eta" not in self._accepted else {"eta": eta}
+            return self.stock(prompt=prompts, num_images_per_prompt=num_images_per_prompt, **extra, **options)
+        finally:
+            self._network.rows = ()
+
+    @property
+    def _accepted(self) -> Mapping[str, Any]:
+        return inspect.signature(self.stock.__call__).parameters
+
+
+def is_routed(folder: str | Path) -> bool:
+    """Whether a folder holds several students."""
+    return (Path(folder) / STUDENTS_FILE).is_file()
+
+
+def write_students(folder: Path, students: Sequence[str]) -> None:
+    """Writes students.json: where the students are, below the folder; `students` in the partition's order."""
+    content = {"format": FORMAT, "students": list(students)}
+    (folder / STUDENTS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_students(
+    folder: str | Path,
+    *,
+    rule: str | None = None,
+    base: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> RoutedPipeline:
+    """Loads the finished students of a run as one pipeline, safetensors only; they share all parts but the network.
+
+    Args:
+        folder: the run's.
+        rule: the function that divides the prompts, "package.module:function", if they are divided by one.
+        base: the pipeline that the students are LoRAs on: one network and K adapters instead of K networks.
+        dtype: of all weights; prompts are divided in float32 in any case.
+        device: torch device.
+
+    Raises:
+        UserError: the folder holds no students, one of them cannot be loaded, or the rule was not given.
+    """
+    folder = Path(folder)
+    places = _places(folder)
+    partition: Partition = load_partition(folder, rule)
+    if partition.students != len(places):
+        raise UserError(f"{folder}: {len(places)} students, but its prompts are divided among {partition.students}; "
+                        "the folder is not complete")  # fmt: skip
+    home = places[0] if base is None else resolve_model_path(base)
+    stock = _with_networks(places, dtype) if base is None else _with_adapters(places, str(home), dtype)
+    embedder = Embedder(stock.to(device), home)
+    return RoutedPipeline(stock, Router(partition, embedder))
+
+
+def _places(folder: Path) -> list[Path]:
+    file = folder / STUDENTS_FILE
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))["students"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({error!r}); train the students to their end first") from error
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{file}: {name!r} does not lie in this folder")
+    return [folder / name for name in names]
+
+
+def _with_networks(places: Sequence[Path], dtype: torch.dtype) -> Any:
+    """The first student's pipeline with the networks of all."""
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place}: this student is missing; the folder is not complete")
+    first = _loaded(str(places[0]), dtype)
+    name = _network_name(first)
+    kind = type(first.components[name])
+    networks = [first.components[name]]
+    for place in places[1:]:
+        try:
+            networks.append(kind.from_pretrained(place, subfolder=name, dtype=dtype, use_safetensors=True))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{place}: the student cannot be loaded ({str(error).splitlines()[0]})") from error
+    first.register_modules(**{name: RoutedNetwork([network.eval() for network in networks])})
+    return first
+
+
+def _with_adapters(places: Sequence[Path], base: str, dtype: torch.dtype) -> Any:
+    """The base with every student's LoRA as an adapter of its own, and with the students' scheduler."""
+    import diffusers
+
+    stock = _loaded(base, dtype)
+    folders = [place.parent / "lora" for place in places]
+    scheduler = folders[0] / "scheduler"
+    names = [f"student-{number}" for number in range(len(places))]
+    try:
+        for name, lora in zip(names, folders, strict=True):
+            stock.load_lora_weights(lora, adapter_name=name, use_safetensors=True)
+        kind = json.loads((scheduler / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
+    except AttributeError as error:
+        raise UserError(f"{type(stock).__name__} cannot load LoRAs in Diffusers; leave base away") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{places[0].parent.parent}: the students' LoRAs cannot be loaded on {base} "
+                        f"({str(error).splitlines()[0]}); leave base away") from error  # fmt: skip
+    network: nn.Module = stock.components[_network_name(stock)]
+    adapters: Any = network
+
+    def select(number: int) -> nn.Module:
+        adapters.set_adapters(names[number])
+        return network
+
+    stock.register_modules(**{
+        "scheduler": getattr(diffusers, kind).from_pretrained(scheduler),
+        _network_name(stock): RoutedNetwork([network], select),
+    })  # fmt: skip
+    return stock
+
+
+def _loaded(path: str, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be loaded as a Diffusers pipeline ({reason})") from error
+
+
+def _network_name(pipeline: Any) -> str:
+    found = [name for name in NETWORKS if isinstance(pipeline.components.get(name), nn.Module)]
+    if not found:
+        raise UserError(f"{type(pipeline).__name__} has neither unet nor transformer, so it cannot be routed")
+    return found[0]

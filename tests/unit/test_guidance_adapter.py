@@ -1,0 +1,342 @@
+"""Guidance adapters beside stock networks: silent at first, told what they should be, and gone without a trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill import load_adapter
+from stepdistill.adapters import LoraSettings, SharedNetwork
+from stepdistill.assets import assets_path
+from stepdistill.cast import Cast
+from stepdistill.condition import Condition
+from stepdistill.data.cache import weights_fingerprint
+from stepdistill.errors import UserError
+from stepdistill.export.lora import export_lora
+from stepdistill.families.base import ModelFamily
+from stepdistill.guidance.attached import AttachedAdapter
+from stepdistill.guidance.files import ADAPTER_FILE, build_adapter, save_adapter
+from stepdistill.guidance.modules import AdapterSettings, Form
+from stepdistill.objectives.agd import AGD
+from stepdistill.objectives.base import Frozen, Recorded, Trained
+from stepdistill.recipe import Recipe, build_objective
+from tests.tiny import LORA, scramble
+
+
+FAMILIES = ("sd", "dit", "sd3")
+FORMS: tuple[Form, ...] = ("attention", "offset")
+SMALL = AdapterSettings(width=8)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> ModelFamily:
+    loaded: ModelFamily = request.getfixturevalue(request.param)
+    return loaded
+
+
+def attached(family: ModelFamily, settings: AdapterSettings = SMALL, scale: float | None = 3.0) -> AttachedAdapter:
+    """An adapter that has learnt something, at work."""
+    adapter = build_adapter(family.network(), settings, seed=1)
+    scramble(dict(adapter.sites.named_parameters()), seed=2)
+    return AttachedAdapter(family.network(), adapter, scale).install()
+
+
+@torch.no_grad()
+def said(family: ModelFamily, prompts: tuple[str, str] = ("3", "7"), t: float = 0.4, rows: int = 2) -> Tensor:
+    """The network's output, on the same noise."""
+    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))[:rows]
+    condition = encoded(family, prompts)[torch.arange(rows)]
+    return family.denoiser()(x_t, torch.full((rows,), t, dtype=torch.float64), condition).native
+
+
+def encoded(family: ModelFamily, prompts: tuple[str, ...]) -> Condition:
+    texts = prompts if family.name == "dit" else ["red" if p == "3" else "a ring" for p in prompts]
+    return family.encode_prompts(texts)
+
+
+def image(pipeline: Any, prompt: Any = "red", **options: Any) -> Tensor:
+    """What a stock pipeline makes in two steps, (1, H, W, 3)."""
+    torch.manual_seed(0)
+    made = pipeline(prompt, num_inference_steps=2, guidance_scale=1, output_type="np",
+                    generator=torch.Generator().manual_seed(0), **options)  # fmt: skip
+    return torch.from_numpy(made.images)
+
+
+# ---- silent, told, gone --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_untrained_adapter_leaves_every_bit_as_it_is(family: ModelFamily, form: Form) -> None:
+    before = said(family)
+    adapter = build_adapter(family.network(), AdapterSettings(form, 8), seed=1)
+    assert all(float(p.abs().max()) > 0 for name, p in adapter.scale.named_parameters() if "bias" not in name)
+    AttachedAdapter(family.network(), adapter, 5.0).install()
+    assert torch.equal(said(family), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trained_adapter_listens_to_scale_time_and_prompt(family: ModelFamily, form: Form) -> None:
+    bare = {(p, t): said(family, p, t) for p in (("3", "3"), ("7", "7")) for t in (0.4, 0.8)}
+    adapter = attached(family, AdapterSettings(form, 8))
+    added: list[Tensor] = []
+    act = adapter.act
+
+    def noting(site: int, x: Tensor, output: Any) -> Any:
+        added.append(adapter.adapter.added(site, torch.ones_like(x), adapter._told))  # type: ignore[arg-type]
+        return act(site, x, output)
+
+    adapter.act = noting  # type: ignore[method-assign]
+
+    def first(prompts: tuple[str, str] = ("3", "3"), t: float = 0.4) -> Tensor:
+        added.clear()
+        assert not torch.equal(said(family, prompts, t), bare[prompts, t])
+        return added[0]
+
+    here = first()
+    assert (first(("7", "7")) - here).abs().max() > 1e-4, "the prompt"
+    assert (first(t=0.8) - here).abs().max() > 1e-4, "the time"
+    adapter.guidance = 6.0
+    assert (first() - here).abs().max() > 1e-4, "the scale"
+
+
+def test_taken_off_it_leaves_no_trace(family: ModelFamily) -> None:
+    network, before = family.network(), said(family)
+    keys, bits, kind = [*network.state_dict()], weights_fingerprint(network), type(network)
+    adapter = attached(family)
+    assert not torch.equal(said(family), before)
+    assert [*network.state_dict()] == keys and type(network) is kind and weights_fingerprint(network) == bits
+    adapter.remove()
+    adapter.remove()
+    assert torch.equal(said(family), before)
+    modules = [family.network(), *(layer for _, layer in adapter._wiring.sites(family.network()))]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def test_without_a_scale_it_rests(family: ModelFamily) -> None:
+    before = said(family)
+    adapter = attached(family, scale=None)
+    assert torch.equal(said(family), before)
+    with adapter.at(4.0):
+        assert not torch.equal(said(family), before)
+    assert torch.equal(said(family), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_proportional_adapter_is_the_bare_network_at_scale_one_and_grows_with_it(
+    sd: ModelFamily, form: Form
+) -> None:
+    before = said(sd)
+    adapter = attached(sd, AdapterSettings(form, 8, proportional=True), scale=1.0)
+    assert torch.equal(said(sd), before)
+    told = {scale: adapter.adapter.tell(torch.tensor([scale]), [torch.ones(1, 32)], torch.ones(1, 3, 16))
+            for scale in (2.0, 5.0)}  # fmt: skip
+    assert told[5.0].strength.item() == 4 * told[2.0].strength.item() == 4.0  # type: ignore[union-attr]
+    adapter.guidance = 3.0
+    assert not torch.equal(said(sd), before)
+
+
+def test_each_row_of_a_call_may_have_a_scale_of_its_own(family: ModelFamily) -> None:
+    adapter = attached(family, scale=2.0)
+    low = said(family)
+    adapter.guidance = 6.0
+    high = said(family)
+    adapter.guidance = [2.0, 6.0]
+    mixed = said(family)
+    torch.testing.assert_close(mixed, torch.stack([low[0], high[1]]), rtol=1e-5, atol=1e-6)
+    assert (low[1] - high[1]).abs().max() > 1e-4
+    with pytest.raises(UserError, match="2 guidance scales for 1 rows of a network call; give one"):
+        said(family, rows=1)
+
+
+def test_the_network_of_the_bundled_teacher_grows_by_one_to_five_percent() -> None:
+    config = json.loads((assets_path("shapes", "teacher", "unet") / "config.json").read_text())
+    network = UNet2DConditionModel.from_config(config)
+    stage = Recipe.load("shapes/agd").stages[0]
+    objective = build_objective(stage.objective, "agd")
+    assert isinstance(objective, AGD)
+    adapter = build_adapter(network, objective.adapter, seed=0)
+    share = sum(p.numel() for p in adapter.parameters()) / sum(p.numel() for p in network.parameters())
+    assert 0.01 < share < 0.05
+    assert len(adapter.sites) == 7, "every cross-attention"
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(sd: ModelFamily, tmp_path: Path) -> Iterator[Path]:
+    """A trained adapter of the tiny Stable Diffusion, saved; it is on the pipeline until the test begins."""
+    with attached(sd) as adapter:
+        save_adapter(tmp_path / ADAPTER_FILE, sd.network(), SMALL, adapter.adapter.state_dict(), guidance=3.0)
+    yield tmp_path / ADAPTER_FILE
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_holds_every_bit_and_the_pipeline_stays_the_stock_one(
+    family: ModelFamily, form: Form, tmp_path: Path
+) -> None:
+    settings, prompt = AdapterSettings(form, 8), [3] if family.name == "dit" else "red"
+    plain = image(family.pipeline, prompt)
+    with attached(family, settings, 2.5) as adapter:
+        wanted = image(family.pipeline, prompt)
+        state = adapter.adapter.state_dict()
+        save_adapter(tmp_path / ADAPTER_FILE, family.network(), settings, state, guidance=2.5)
+    assert (wanted - plain).abs().max() > 1e-4
+    kind = type(family.pipeline)
+    loaded = load_adapter(family.pipeline, tmp_path)
+    assert loaded.guidance == 2.5 and type(family.pipeline) is kind
+    assert torch.equal(image(family.pipeline, prompt), wanted)
+    loaded.remove()
+    assert torch.equal(image(family.pipeline, prompt), plain)
+    with load_adapter(family.pipeline, tmp_path / ADAPTER_FILE, guidance=5.0):
+        assert not torch.equal(image(family.pipeline, prompt), wanted)
+
+
+def test_it_fits_a_sibling_of_the_checkpoint_and_is_told_by_the_sibling(sd: ModelFamily, file: Path) -> None:
+    scramble(dict(sd.network().named_parameters()), seed=9, scale=0.1)  # another checkpoint of the same shape
+    plain = image(sd.pipeline)
+    adapter = load_adapter(sd.pipeline, file, guidance=4.0)
+    assert (image(sd.pipeline) - plain).abs().max() > 1e-4
+    adapter.remove()
+    assert torch.equal(image(sd.pipeline), plain)
+
+
+def test_it_goes_with_a_lora_and_each_is_taken_off_alone(sd: ModelFamily, file: Path, tmp_path: Path) -> None:
+    lora = LoraSettings(2, 2.0, ("to_q", "to_v", "to_out.0", "conv1"))
+    base = sd.plain_network()
+    base.load_state_dict(sd.network().state_dict())
+    shared = SharedNetwork(base)
+    shared.add("student", lora)
+    scramble(shared.parameters("student"), seed=4)
+    export_lora(sd, shared.parameters("student"), rank=2, alpha=2.0, folder=tmp_path / "lora")
+    pipe = sd.pipeline
+    plain = image(pipe)
+    pipe.load_lora_weights(str(tmp_path / "lora"))
+    stepped = image(pipe)
+    adapter = load_adapter(pipe, file, guidance=4.0)
+    both = image(pipe)
+    assert len({float(x.sum()) for x in (plain, stepped, both)}) == 3
+    merged = sd.plain_network()
+    merged.load_state_dict(shared.plain_state("student"))
+    adapter.remove()
+    assert torch.equal(image(pipe), stepped)
+    pipe.unload_lora_weights()
+    assert torch.equal(image(pipe), plain)
+    pipe.register_modules(unet=merged)
+    with load_adapter(pipe, file, guidance=4.0):
+        torch.testing.assert_close(image(pipe), both, rtol=0, atol=1e-4)
+
+
+def test_two_at_once_are_refused(sd: ModelFamily, file: Path) -> None:
+    with load_adapter(sd.pipeline, file), pytest.raises(UserError, match="has a guidance adapter already"):
+        load_adapter(sd.pipeline, file)
+    load_adapter(sd.pipeline, file).remove()
+
+
+def test_what_does_not_fit_is_refused_with_the_difference(
+    dit: ModelFamily, sd: ModelFamily, file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="is for UNet2DConditionModel, and this pipeline has a DiTTransformer2DModel"):
+        load_adapter(dit.pipeline, file)
+    config = {**sd.network_config, "block_out_channels": (8, 24)}
+    sd.pipeline.register_modules(unet=UNet2DConditionModel.from_config(config))
+    with pytest.raises(UserError, match=r"is for another architecture: \('.*attn2', 16\) there, .*, 24\) here"):
+        load_adapter(sd.pipeline, file)
+
+
+@pytest.mark.parametrize("content", ["nothing", "words", "lora", "damaged"])
+def test_what_is_no_adapter_is_refused(sd: ModelFamily, file: Path, tmp_path: Path, content: str) -> None:
+    other = tmp_path / "other.safetensors"
+    if content == "words":
+        other.write_text("words")
+    elif content == "lora":
+        save_file({"unet.to_q.lora_A.weight": torch.zeros(1, 1)}, other)
+    elif content == "damaged":
+        other.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"other\.safetensors: (cannot be read as a guidance adapter|is no guidance)"):
+        load_adapter(sd.pipeline, other)
+    assert not sd.network()._forward_pre_hooks
+
+
+# ---- in a game -----------------------------------------------------------------------------------------------------
+
+
+ROLES = {"teacher": Frozen(), "student": Trained(adapter=SMALL), "target": Recorded("student"), "critic": Trained()}
+
+
+def cast_of(family: ModelFamily, **options: Any) -> Cast:
+    return Cast(family, ROLES, **options)
+
+
+def asked(cast: Cast, role: str, scale: float | Tensor | None = None) -> Tensor:
+    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    condition = encoded(cast.family, ("3", "7"))
+    told = condition if scale is None else condition.with_guidance(scale)
+    return cast.denoiser(role)(x_t, torch.tensor([0.3, 0.9], dtype=torch.float64), told).native
+
+
+def test_roles_beside_one_network_do_not_hear_each_other(family: ModelFamily) -> None:
+    bare = said(family)
+    cast = cast_of(family, lora={} if family.name == "dit" else {"critic": LORA})
+    teacher = asked(cast, "teacher")
+    assert torch.equal(asked(cast, "student", 5.0), teacher), "it starts as the teacher"
+    scramble({n: p for n, p in cast.parameters("student").items() if n.startswith("sites.")})
+    moved = asked(cast, "student", 5.0)
+    assert not torch.equal(moved, teacher)
+    assert not torch.equal(asked(cast, "student", 2.0), moved)
+    assert torch.equal(asked(cast, "teacher"), teacher)
+    assert torch.equal(asked(cast, "target", 5.0), teacher)
+    cast.copy("student", "target")
+    assert torch.equal(asked(cast, "target", 5.0), moved), "also how it embeds a scale"
+    (row,) = [row for row in cast.summary() if row[0] == "student"]
+    assert row[1].startswith("adapter, ") and row[2] == sum(p.numel() for p in cast.parameters("student").values())
+    cast.release()
+    assert torch.equal(said(family), bare)
+    assert not family.network()._forward_pre_hooks
+
+
+def test_a_student_that_is_not_told_the_scale_says_so(sd: ModelFamily) -> None:
+    with pytest.raises(UserError, match=r"has to be told the scale: call it with condition\.with_guidance"):
+        asked(cast_of(sd), "student")
+
+
+def test_it_cannot_be_a_lora_as_well(sd: ModelFamily) -> None:
+    with pytest.raises(UserError, match="'student' is an adapter beside the network and cannot be a LoRA"):
+        cast_of(sd, lora={"student": LORA})
+
+
+def test_checkpointing_recomputes_with_the_scale_of_the_forward_pass(family: ModelFamily) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        cast = cast_of(family, checkpointing=checkpointing)
+        scramble({n: p for n, p in cast.parameters("student").items() if n.startswith("sites.")})
+        with cast.trainable(("student",)):
+            loss = asked(cast, "student", torch.tensor([2.0, 6.0])).square().mean()
+            with torch.no_grad():  # another call in between, with another scale
+                asked(cast, "student", 9.0)
+            loss.backward()
+        assert all(p.grad is None for p in family.network().parameters())
+        gradients.append({name: p.grad for name, p in cast.parameters("student").items()})
+        cast.release()
+    assert all(g is not None and float(g.abs().max()) > 0 for n, g in gradients[0].items() if n.startswith("scale."))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_a_network_without_a_wiring_is_refused(sd: ModelFamily) -> None:
+    with pytest.raises(UserError, match="guidance adapters are not made for AutoencoderKL; they are for UNet2D"):
+        build_adapter(sd.pipeline.vae, SMALL, seed=0)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"width": 7}, "even number"), ({"frequency": 0.0}, "above 0")])
+def test_impossible_sizes_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AGD(**options)
