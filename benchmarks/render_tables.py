@@ -4,7 +4,8 @@
     python benchmarks/render_tables.py --check    # exits 1 if one is stale, for continuous integration
 
 A table stands between `<!-- results:NAME -->` and `<!-- /results -->` and shows the
-rows of benchmarks/results/NAME.json.
+rows of benchmarks/results/NAME.json, without the details that would not fit a page: `stepdistill compare` and the file
+itself have them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from stepdistill.bench.report import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 START = re.compile(r"<!-- results:(?P<name>[\w.-]+) -->\n")
 END = "<!-- /results -->"
+DETAILS = {"times", "intervals", "latency_ms", "images_per_second", "parameters"}
 
 
 def rendered(text: str, results: Path, *, source: str) -> str:
@@ -35,7 +37,8 @@ def rendered(text: str, results: Path, *, source: str) -> str:
         if not path.is_file():
             raise SystemExit(f"{source}: there is no {path.name} in {results}; run the benchmark, or mend the marker")
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        parts += [text[position : start.end()], markdown_table(rows), "\n"]
+        shown = [{key: value for key, value in row.items() if key not in DETAILS} for row in rows]
+        parts += [text[position : start.end()], markdown_table(shown), "\n"]
         position = end
     return "".join([*parts, text[position:]])
 
