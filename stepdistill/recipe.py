@@ -353,8 +353,12 @@ class Recipe(Section):
     def sha256(self) -> str:
         """Fingerprint of what is computed: all content except where it is written, where it runs and who watches."""
         content = self.model_dump(mode="json", exclude={*NOT_COMPUTED})
-        if self.student.shape is None:
-            del content["student"]  # younger than published results, whose fingerprints shall stay
+        # Younger than published results, whose fingerprints shall stay: left out as long as they say nothing.
+        younger = [(content, "student", self.student.shape), (content, "multi_student", self.multi_student),
+                   (content["data"], "make_pairs", self.data.make_pairs)]  # fmt: skip
+        for section, key, value in younger:
+            if value is None:
+                del section[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,6 +254,18 @@ bench: {}
     assert again.to_yaml() == first.to_yaml()
     assert "caf\u00e9" in again.previews.prompts
     assert "teacher_guidance: 3.0" in first.to_yaml(), "defaults are written out"
+
+
+def test_a_key_that_is_younger_than_published_results_changes_no_fingerprint_unless_it_says_something(
+    write: Any,
+) -> None:
+    base = load(write(MINIMAL))
+    content = base.model_dump(mode="json", exclude={"output", "device", "health", "student", "multi_student"})
+    del content["data"]["make_pairs"]
+    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert base.sha256 == hashlib.sha256(plain.encode()).hexdigest()
+    for change in ("data.make_pairs={count: 4}", "multi_student={students: 2}"):
+        assert load(write(MINIMAL), change).sha256 != base.sha256, change
 
 
 def test_the_fingerprint_changes_with_the_content_but_not_with_output_or_device(write: Any) -> None:
