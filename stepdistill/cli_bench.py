@@ -171,14 +171,10 @@ def _calls(text: str | None) -> Sequence[int]:
 
 def _weights(pairs: Sequence[str] | None, offline: bool) -> Weights:
     from stepdistill.bench.metrics.weights import Weights
+    from stepdistill.recipe_text import key_and_value
 
-    paths = {}
-    for pair in pairs or []:
-        name, equals, path = pair.partition("=")
-        if not equals:
-            raise UserError(f"--weights {pair}: is not name=path, for example inception=inception-2015-12-05.pt")
-        paths[name] = path
-    return Weights(paths, offline)
+    expected = "name=path, for example inception=inception-2015-12-05.pt"
+    return Weights(dict(key_and_value(pair, f"--weights {pair}:", expected) for pair in pairs or []), offline)
 
 
 def _protocol(

@@ -128,12 +128,10 @@ def _recipe_of(source: str) -> Recipe | None:
 
 
 def _read_options(options: Sequence[str]) -> dict[str, Any]:
-    from stepdistill.recipe_text import parse_yaml
+    from stepdistill.recipe_text import key_and_value, parse_yaml
 
     given: dict[str, Any] = {}
     for text in options:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"{text!r} is not key=value, for example count=4096")
+        key, value = key_and_value(text, repr(text), "key=value, for example count=4096")
         given[key] = parse_yaml(value, f"pairs.{key}")
     return given

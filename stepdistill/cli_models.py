@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
+from stepdistill.guidance import ADAPTER_FILE, HEADER
 
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 PLAIN_STEPS, PLAIN_GUIDANCE = 25, 3.0  # for models that do not say how they want to be called, such as teachers
 COMMA = re.compile(r",(?![^\[]*\])")  # one that is not within brackets
-ADAPTER_FILE, ADAPTER_HEADER = "adapter.safetensors", "guidance_adapter"
 
 
 def parse_model(text: str) -> ModelUnderTest:
@@ -107,7 +107,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 def _words(text: str) -> tuple[str | None, str, dict[str, Any]]:
     """=> name, if one is given, path, and what stands behind the commas."""
-    from stepdistill.recipe_text import parse_yaml
+    from stepdistill.recipe_text import key_and_value, parse_yaml
 
     path, *pairs = COMMA.split(text)
     name = None
@@ -115,9 +115,7 @@ def _words(text: str) -> tuple[str | None, str, dict[str, Any]]:
         name, _, path = path.partition("=")
     options: dict[str, Any] = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"model {text!r}: {pair!r} is not key=value, for example {path},steps=4")
+        key, value = key_and_value(pair, f"model {text!r}: {pair!r}", f"key=value, for example {path},steps=4")
         options[key] = parse_yaml(value, f"model {text!r}: {key}")
     return name, path, options
 
@@ -139,7 +137,7 @@ def _is_adapter(path: Path) -> bool:
 
     try:
         with safe_open(path, framework="pt") as opened:
-            return ADAPTER_HEADER in (opened.metadata() or {})
+            return HEADER in (opened.metadata() or {})
     except (OSError, SafetensorError):
         return False  # which whoever loads it will say
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from stepdistill.assets import resolve_model_path
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 
 
 class ImageTextModel:
@@ -39,7 +39,7 @@ class ImageTextModel:
             self._tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
             processor = CLIPImageProcessor.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{what} {path}: cannot be loaded as a CLIPModel folder ({reason})") from error
         self._model = model.eval().requires_grad_(False).to(device)
         self._device = device

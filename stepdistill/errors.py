@@ -8,3 +8,8 @@ class UserError(ValueError):
 
     The command line prints the text alone, without a traceback, and exits with code 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; what kind it is, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

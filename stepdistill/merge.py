@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.export.pipeline import FACTS_FILE, export_pipeline
 from stepdistill.families import load_family
 
@@ -103,7 +103,7 @@ def _load(student: Student) -> ModelFamily:
     try:
         family.pipeline.load_lora_weights(student.lora, use_safetensors=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{student.lora}: cannot be loaded as a LoRA of {student.path} ({reason})") from error
     family.pipeline.fuse_lora(components=[family.network_component])
     family.pipeline.unload_lora_weights()

@@ -100,6 +100,23 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return f"valid: {', '.join(known)}" if known else "there is nothing to choose from"
 
 
+def key_and_value(text: str, where: str, expected: str) -> tuple[str, str]:
+    """``key=value`` => both; for words of a command that are no overrides of a recipe.
+
+    Args:
+        text: the word.
+        where: what errors call its place, up to the word itself.
+        expected: how errors go on behind "is not", with an example.
+
+    Raises:
+        UserError: There is no equals sign.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"{where} is not {expected}")
+    return key, value
+
+
 def apply_override(content: dict[str, Any], text: str) -> str:
     """Sets one ``key.path=value`` in nested plain values, in place, and returns the key path.
 

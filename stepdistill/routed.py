@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.assets import resolve_model_path
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.labels import class_label
 from stepdistill.partition import Embedder, Partition, Router, load_partition
 
@@ -241,7 +241,7 @@ def _with_networks(places: Sequence[Path], dtype: torch.dtype) -> Any:
         try:
             networks.append(kind.from_pretrained(place, subfolder=name, dtype=dtype, use_safetensors=True))
         except (OSError, ValueError) as error:
-            raise UserError(f"{place}: the student cannot be loaded ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{place}: the student cannot be loaded ({first_line(error)})") from error
     first.register_modules(**{name: RoutedNetwork([network.eval() for network in networks])})
     return first
 
@@ -262,7 +262,7 @@ def _with_adapters(places: Sequence[Path], base: str, dtype: torch.dtype) -> Any
         raise UserError(f"{type(stock).__name__} cannot load LoRAs in Diffusers; leave base away") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{places[0].parent.parent}: the students' LoRAs cannot be loaded on {base} "
-                        f"({str(error).splitlines()[0]}); leave base away") from error  # fmt: skip
+                        f"({first_line(error)}); leave base away") from error  # fmt: skip
     network: nn.Module = stock.components[_network_name(stock)]
     adapters: Any = network
 
@@ -283,8 +283,7 @@ def _loaded(path: str, dtype: torch.dtype) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be loaded as a Diffusers pipeline ({reason})") from error
+        raise UserError(f"{path}: cannot be loaded as a Diffusers pipeline ({first_line(error)})") from error
 
 
 def _network_name(pipeline: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 
 
 if TYPE_CHECKING:
@@ -40,5 +40,5 @@ def device_of(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
+        raise UserError(f"--device {name}: {first_line(error)}; use auto, cpu or cuda") from error
     return name

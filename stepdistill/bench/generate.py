@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.assets import resolve_model_path
-from stepdistill.bench.loading import first_line, open_pipeline, put_on_adapter
+from stepdistill.bench.loading import open_pipeline, put_on_adapter
 from stepdistill.bench.meter import Meter, metered, timed_parts
 from stepdistill.bench.rows import one_by_one, own_noise
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.hybrid import HybridPipeline
 from stepdistill.routed import RoutedNetwork
 from stepdistill.seeds import own_randomness

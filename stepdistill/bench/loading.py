@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.routed import is_routed, load_students
 
 
@@ -91,8 +91,3 @@ def image_files(path: str) -> list[Path]:
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return []
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,7 +10,8 @@ import torch
 
 from stepdistill.errors import UserError
 from stepdistill.export.pipeline import atomic_folder, write_facts
-from stepdistill.guidance.files import ADAPTER_FILE, save_adapter
+from stepdistill.guidance import ADAPTER_FILE
+from stepdistill.guidance.files import save_adapter
 
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def load_family(path: str, *, dtype: torch.dtype | None = None, device: str = "c
             path, dtype=dtype or torch.float32, use_safetensors=True, **optional
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {path} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"teacher: {path} could not be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     module, _, attribute = FAMILIES[name].partition(":")
     family: ModelFamily = getattr(import_module(module), attribute)(pipeline.to(device), path)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights, Weights
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families.smaller import Plan
 from stepdistill.network_shape import NetworkShape
 from stepdistill.schedule import from_scheduler_config
@@ -212,5 +212,5 @@ def _read_hub_index(path: str) -> dict[str, Any]:
         content: dict[str, Any] = DiffusionPipeline.load_config(path)
     except OSError as error:
         raise UserError(f"teacher: {path} is neither a local folder nor a reachable hub id "
-                        f"({str(error).splitlines()[0]})") from error  # fmt: skip
+                        f"({first_line(error)})") from error  # fmt: skip
     return content

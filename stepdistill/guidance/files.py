@@ -19,14 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepdistill.errors import UserError
+from stepdistill.guidance import ADAPTER_FILE, HEADER
 from stepdistill.guidance.attached import AttachedAdapter, Guidance, adapters_of
 from stepdistill.guidance.modules import AdapterSettings, AttentionShape, GuidanceAdapter
 from stepdistill.guidance.wiring import wiring_of
 
 
-ADAPTER_FILE = "adapter.safetensors"
 FORMAT = 1  # of the file
-HEADER = "guidance_adapter"  # the entry of the file's metadata that holds everything but the tensors
 
 
 def build_adapter(network: nn.Module, settings: AdapterSettings, seed: int) -> GuidanceAdapter:

@@ -10,6 +10,7 @@ from typing import Any
 
 from stepdistill.errors import UserError
 from stepdistill.export.pipeline import FACTS_FILE
+from stepdistill.guidance import HEADER
 from stepdistill.inspection.calls import Call, Guess, from_facts, from_name, lora_code, network_code, pipeline_code
 from stepdistill.inspection.published import recognise
 from stepdistill.inspection.schedule import COUNTS, Schedule, read_schedule
@@ -168,7 +169,7 @@ def _schedule_facts(schedule: Schedule | None, index: Mapping[str, Any]) -> list
 
 def _file(file: Path) -> Findings:
     header = read_header(file)
-    if "guidance_adapter" in header.metadata:
+    if HEADER in header.metadata:
         return _guidance_adapter(header)
     return _lora(header) if lora_in(header) is not None else _weights(header)
 
@@ -219,7 +220,7 @@ def _weights(header: Header) -> Findings:
 
 def _guidance_adapter(header: Header) -> Findings:
     try:
-        told = dict(json.loads(header.metadata["guidance_adapter"]))
+        told = dict(json.loads(header.metadata[HEADER]))
     except (ValueError, TypeError) as error:
         raise UserError(f"{header.file}: the header of this guidance adapter cannot be read ({error})") from error
     shown = (("made for", str(told.get("network"))), ("guidance", f"{told.get('guidance')}, unless told otherwise"),

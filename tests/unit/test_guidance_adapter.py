@@ -22,8 +22,9 @@ from stepdistill.data.cache import weights_fingerprint
 from stepdistill.errors import UserError
 from stepdistill.export.lora import export_lora
 from stepdistill.families.base import ModelFamily
+from stepdistill.guidance import ADAPTER_FILE
 from stepdistill.guidance.attached import AttachedAdapter
-from stepdistill.guidance.files import ADAPTER_FILE, build_adapter, save_adapter
+from stepdistill.guidance.files import build_adapter, save_adapter
 from stepdistill.guidance.modules import AdapterSettings, Form
 from stepdistill.objectives.agd import AGD
 from stepdistill.objectives.base import Frozen, Recorded, Trained

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stepdistill.bench.metrics.base import MissingError
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 
 
 VARIABLE = "STEPDISTILL_WEIGHTS_"  # followed by the name in capitals
@@ -108,7 +108,7 @@ class Weights:
         try:
             return str(snapshot_download(repository, local_files_only=self.offline, allow_patterns=patterns))
         except (OSError, ValueError) as error:
-            reason = f"{repository} is not in the cache and not to be had ({str(error).splitlines()[0]})"
+            reason = f"{repository} is not in the cache and not to be had ({first_line(error)})"
             raise MissingError(f"{reason}; wanted {wanted}") from error
 
 
