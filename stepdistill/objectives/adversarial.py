@@ -5,7 +5,7 @@ Wang et al. 2022 (arXiv 2206.02262); DMD2 (arXiv 2405.14867) section 4.3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,9 @@ class Adversary:
         shared_noise: whether real and generated samples are seen at the same times and through the same noise.
         log_noise: mean and deviation of a normal density of log(sigma / alpha) at which they are seen; for a flow that
             is the logit-normal density of its noise level. None: uniform times.
+        misaligned_weight: of a second game, real samples against the same ones with each other's prompts, which
+            teaches the discriminator what a prompt asks for; the code of SANA-Sprint (arXiv 2503.09641) has it as an
+            option. 0 for none.
     """
 
     game: Game = "non_saturating"
@@ -43,6 +46,7 @@ class Adversary:
     r1_std: float = 0.1
     shared_noise: bool = False
     log_noise: tuple[float, float] | None = None
+    misaligned_weight: float = 0.0
 
     @property
     def student_needs_images(self) -> bool:
@@ -70,6 +74,11 @@ class Adversary:
             near = real + self.r1_std * torch.randn_like(real)
             moved, _ = self._logits(cast, denoiser, near, batch, at)
             terms["r1"] = self.r1_weight * (moved - real_logits).square().mean()
+        if self.misaligned_weight > 0:
+            # Every row gets its neighbour's prompt; at the same times and noise nothing else tells the two apart.
+            wrong = replace(batch, condition=batch.condition[torch.arange(len(real), device=real.device).roll(1)])
+            wrong_logits, _ = self._logits(cast, denoiser, real, wrong, at)
+            terms["misaligned"] = self.misaligned_weight * discriminator_loss(real_logits, wrong_logits, self.game)
         return terms
 
     def student_term(self, cast: Cast, x0: Tensor, batch: Batch) -> Tensor:

@@ -45,6 +45,10 @@ class DMD2:
             teacher's.
         layers: modules whose outputs are the features; empty: the bottleneck.
         r1_weight: of the approximate R1 regulariser; 0 for none.
+        gan_log_noise: mean and deviation of log(sigma / alpha) at which the discriminator looks; by default at all
+            times alike, as DMD2. Little noise shows it shapes and edges.
+        misaligned_weight: of telling real samples with their own prompts from the same with others', beside the
+            classification term; SANA-Sprint's code (arXiv 2503.09641) has it, DMD2 does not. 0 for none.
     """
 
     timesteps: tuple[int, ...] = (999,)
@@ -59,9 +63,11 @@ class DMD2:
     features: Literal["critic", "teacher"] = "critic"
     layers: tuple[str, ...] = ()
     r1_weight: float = 0.0
+    gan_log_noise: tuple[float, float] | None = None
+    misaligned_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("gan_weight", "discriminator_weight", "r1_weight"):
+        for name in ("gan_weight", "discriminator_weight", "r1_weight", "misaligned_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}; 0 switches the term off")
         if self.critic_lead < 0:
@@ -75,7 +81,10 @@ class DMD2:
     @property
     def adversary(self) -> Adversary:
         """The game between student and discriminator."""
-        return Adversary(game=self.gan_loss, features=self.features, r1_weight=self.r1_weight)
+        return Adversary(
+            game=self.gan_loss, features=self.features, r1_weight=self.r1_weight, log_noise=self.gan_log_noise,
+            misaligned_weight=self.misaligned_weight,
+        )  # fmt: skip
 
     def roles(self) -> Mapping[str, Role]:
         roles: dict[str, Role] = {"teacher": Frozen(), "critic": Trained(), "student": Trained()}

@@ -42,6 +42,8 @@ class LADD:
             density of its noise level (the paper's best: 1, 1). More noise teaches structure, less noise texture.
         r1_weight: of the approximate R1 regulariser (FastGen: 100 to 1000); 0 for none.
         r1_std: deviation of its perturbation.
+        misaligned_weight: of telling real samples with their own prompts from the same with others' (SANA-Sprint's
+            code); 0 for none. Where little noise is left, nothing else asks the student to follow its prompt.
         discriminator_updates: for each update of the student (FastGen's default: 5).
     """
 
@@ -55,6 +57,7 @@ class LADD:
     log_noise: tuple[float, float] = (1.0, 1.0)
     r1_weight: float = 0.0
     r1_std: float = 0.1
+    misaligned_weight: float = 0.0
     discriminator_updates: int = 1
 
     def __post_init__(self) -> None:
@@ -65,15 +68,15 @@ class LADD:
                                 f"negative and not all 0; got {list(given)}")  # fmt: skip
         if self.warmup_steps > 0 and not self.warmup_probabilities:
             raise UserError("warmup_steps has no effect without warmup_probabilities, such as [0, 0, 0.5, 0.5]")
-        if self.discriminator_updates < 1 or self.r1_weight < 0:
-            raise UserError("discriminator_updates must be at least 1, r1_weight at least 0")
+        if self.discriminator_updates < 1 or min(self.r1_weight, self.misaligned_weight) < 0:
+            raise UserError("discriminator_updates must be at least 1, r1_weight and misaligned_weight at least 0")
 
     @property
     def adversary(self) -> Adversary:
         """The game between student and discriminator."""
         return Adversary(
             game=self.gan_loss, features="teacher", r1_weight=self.r1_weight, r1_std=self.r1_std,
-            log_noise=self.log_noise,
+            log_noise=self.log_noise, misaligned_weight=self.misaligned_weight,
         )  # fmt: skip
 
     def probabilities_at(self, step: int) -> tuple[float, ...]:

@@ -477,6 +477,8 @@ def test_an_objective_with_a_gan_asks_for_images_and_says_where(sd: ModelFamily)
         trainer_of(sd, DMD2(**GAN)).run()
     with pytest.raises(UserError, match="gan_weight must not be negative"):
         DMD2(gan_weight=-1e-3)
+    with pytest.raises(UserError, match="misaligned_weight must not be negative"):
+        DMD2(misaligned_weight=-1.0)
 
 
 def test_captions_of_cached_images_are_encoded_once(

@@ -138,6 +138,29 @@ def test_the_students_loss_is_the_weighted_sum_of_both_terms() -> None:
     assert quarter.terms["adversarial"].item() == pytest.approx(0.25 * full.terms["adversarial"].item(), abs=1e-12)
 
 
+def test_the_discriminator_looks_where_its_noise_is_asked_for_and_learns_what_prompts_ask_for() -> None:
+    objective = DMD2(guidance=1.0, gan_weight=0.1, discriminator_weight=2.0, gan_log_noise=(-1.0, 0.5),
+                     misaligned_weight=0.25, gan_loss="hinge")  # fmt: skip
+    roles: Any = WithHead(Linear(A, B), A, B)
+    z = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch = batch_of(z)
+    object.__setattr__(batch, "latents", S * z + M)
+    shown: list[Tensor] = []
+
+    def head(denoiser: Any, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        shown.append(t)
+        return torch.full((len(t), 1), [0.5, 0.25, -0.25][len(shown) - 1], dtype=torch.float64)
+
+    roles.head = lambda role: head
+    terms = objective.critic_loss(roles, batch, Step(0)).terms
+    # real 0.5, generated 0.25, real with others' prompts -0.25
+    assert terms["discriminator"].item() == pytest.approx(2.0 * (1.25 + 0.5), abs=1e-12)
+    assert terms["misaligned"].item() == pytest.approx(2.0 * 0.25 * (0.75 + 0.5), abs=1e-12)
+    ratio = (SCHEDULE.sigma(shown[0]) / SCHEDULE.alpha(shown[0])).log()
+    assert ratio.mean().item() < -0.6, "all three times alike would give 0.3"
+    assert torch.equal(shown[0], shown[2])
+
+
 # ---- who is updated, by what, and how often ------------------------------------------------------------------------
 
 
@@ -153,7 +176,7 @@ def game(family: ModelFamily, objective: DMD2, lora: bool = False, **options: An
     [
         ({}, False),
         ({}, True),
-        ({"features": "teacher"}, False),
+        ({"features": "teacher", "gan_log_noise": (-1.5, 1.0), "misaligned_weight": 1.0}, False),
         ({"gan_loss": "relativistic", "r1_weight": 1.0}, True),
         ({"gan_loss": "hinge", "layers": ("down_blocks.0", "mid_block")}, False),
     ],

@@ -111,6 +111,30 @@ def test_the_discriminator_compares_the_data_with_the_students_samples() -> None
     assert roles.network.a.grad is None
 
 
+def test_misaligned_pairs_are_the_same_samples_and_noise_with_the_neighbours_prompts() -> None:
+    roles: Any = Game(FLOW, "flow")
+    data = torch.randn(4, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch = images(data, data)
+    labels = torch.tensor([[1.0], [2.0], [3.0], [-4.0]], dtype=torch.float64)
+    object.__setattr__(batch, "condition", Condition({"label": labels}))
+    shown = []
+
+    def head(denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        shown.append((x_t.detach(), t, condition.tensors["label"]))
+        return condition.tensors["label"]
+
+    roles.noting = head
+    terms = LADD(misaligned_weight=0.5).discriminator_loss(roles, batch, Step(0)).terms
+    (real, t, own), _, (seen, at, others) = shown
+    assert torch.equal(real, seen)
+    assert torch.equal(t, at)
+    assert torch.equal(own, labels)
+    assert others.flatten().tolist() == [-4.0, 1.0, 2.0, 3.0]
+    # hinge: mean relu(1 + [-4, 1, 2, 3]) + mean relu(1 - [1, 2, 3, -4])
+    assert terms["misaligned"].item() == pytest.approx(0.5 * (9 / 4 + 5 / 4), abs=1e-12)
+    assert "misaligned" not in LADD().discriminator_loss(roles, batch, Step(0)).terms
+
+
 # ---- what the student is shown -------------------------------------------------------------------------------------
 
 
@@ -149,6 +173,7 @@ def test_the_probabilities_of_the_warm_up_give_way() -> None:
         ({"warmup_steps": 3}, "no effect without warmup_probabilities"),
         ({"discriminator_updates": 0}, "at least 1"),
         ({"r1_weight": -1.0}, "at least 0"),
+        ({"misaligned_weight": -1.0}, "at least 0"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str) -> None:
