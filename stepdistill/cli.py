@@ -97,6 +97,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe and print all of it; do nothing.")
     ] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option("--smoke", help="Try the recipe for two steps on a tiny random teacher; leave nothing behind."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no tables; errors only.")] = False,
 ) -> None:
     """Run a recipe: train, export, and measure."""
@@ -106,6 +110,12 @@ def train(
     loaded = Recipe.load(recipe, overrides or [])
     if dry_run:
         typer.echo(loaded.resolved().to_yaml(), nl=False)
+        return
+    if smoke:
+        from stepdistill.smoke import run_smoke
+
+        _hide_loading_bars()
+        run_smoke(loaded, console=_console(quiet=quiet))
         return
     from stepdistill.run import train as run_training
     from stepdistill.trainer import Interrupted

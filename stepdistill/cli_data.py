@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +73,7 @@ def pairs(
     display = Display(None if quiet else open_console())
     display.say(job.prompts.summary())
     display.say(f"loading {job.teacher}")
-    family = load_family(job.teacher, device=device_of(device or job.device))
+    family = load_family(job.teacher, device=device_of(device or job.device), **job.teacher_options)
     try:
         with display.counting("making pairs") as count:
             made = make_pairs(family, job.prompts, folder, job.settings, fresh=fresh, progress=count)
@@ -93,6 +93,7 @@ class _PairJob:
     settings: PairSettings
     folder: Path
     device: str
+    teacher_options: dict[str, Any] = field(default_factory=dict)
 
 
 def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _PairJob:
@@ -115,7 +116,8 @@ def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _Pair
                         "count=4096")  # fmt: skip
     if recipe is None:
         return _PairJob(source, texts, settings, Path(PAIRS_FOLDER), "auto")
-    return _PairJob(recipe.teacher, texts, settings, Path(recipe.data.pairs or PAIRS_FOLDER), recipe.device)
+    return _PairJob(recipe.teacher, texts, settings, Path(recipe.data.pairs or PAIRS_FOLDER), recipe.device,
+                    recipe.teacher_options())  # fmt: skip
 
 
 def _recipe_of(source: str) -> Recipe | None:

@@ -15,8 +15,9 @@ from stepdistill.data.sampler import StockSampler
 from stepdistill.denoiser import AdapterWeights, OwnWeights
 from stepdistill.export.adapter import export_adapter
 from stepdistill.export.lora import difference_lora, export_lora
-from stepdistill.export.pipeline import export_pipeline
+from stepdistill.export.pipeline import atomic_folder, export_pipeline, forget_origin
 from stepdistill.export.verify import ImageRequest, verify_export
+from stepdistill.run_folder import STUDENT
 from stepdistill.sampling import student_samples
 
 
@@ -45,9 +46,10 @@ def export_student(
     Raises:
         ExportMismatchError: a fresh process with plain Diffusers does not get the student's images.
     """
+    beside_teacher = recipe.export.lora or (spec is not None and spec.adapter is not None)
     facts: dict[str, Any] = {
         "method": recipe.stages[-1].objective.name,
-        "teacher": recipe.teacher,
+        "teacher": recipe.teacher if family.stored or not beside_teacher else keep_teacher(family, folder),
         "recipe": recipe.name,
         "recipe_sha256": recipe.sha256,
     }
@@ -74,6 +76,23 @@ def export_student(
     elif recipe.export.lora and spec is not None and family.supports_lora_loading:
         lora = _export_lora(recipe, family, student, network, spec, folder, facts, display)
     return pipeline, lora
+
+
+def keep_teacher(family: ModelFamily, folder: RunFolder) -> str:
+    """Where plain Diffusers finds the teacher: where it came from, or else a copy in the run's folder teacher/."""
+    if family.stored:
+        return family.path
+    if not (folder.teacher / "model_index.json").is_file():
+        with atomic_folder(folder.teacher, marker="model_index.json") as new:
+            family.pipeline.save_pretrained(new, safe_serialization=True)
+            forget_origin(new)
+    return str(folder.teacher)
+
+
+def known_teacher(recipe: Recipe, folder: RunFolder) -> str:
+    """The same of a run that is over, also of one with several students; a teacher that was not kept is only named."""
+    places = [folder.teacher, *sorted(folder.path.glob(f"{STUDENT}*/{folder.teacher.name}"))]
+    return next((str(place) for place in places if (place / "model_index.json").is_file()), recipe.teacher)
 
 
 def merged_network(family: ModelFamily, student: RoleState, shape: NetworkShape | None = None) -> nn.Module:
@@ -144,8 +163,8 @@ def _export_lora(
 ) -> Path:  # fmt: skip
     if student.lora is not None:
         lora = export_lora(family, student.tensors, rank=student.lora.rank, alpha=student.lora.alpha,
-                           folder=folder.lora, spec=spec, facts=facts)  # fmt: skip
-        difference = check(family, network, spec, Path(family.path), lora)
+                           folder=folder.lora, spec=spec, facts=facts, naming=recipe.export.lora_format)  # fmt: skip
+        difference = check(family, network, spec, Path(keep_teacher(family, folder)), lora)
         display.say(f"{lora}: a fresh process with plain Diffusers differs by at most {difference:.1e}")
         return lora
     rank = recipe.export.lora_rank
@@ -154,7 +173,7 @@ def _export_lora(
                 "train with weights: {lora: ...} for a LoRA that loses nothing")  # fmt: skip
     lost = {"residual": difference_state.residual, "untargeted": difference_state.untargeted}
     return export_lora(family, difference_state.state, rank=rank, alpha=rank, folder=folder.lora, spec=spec,
-                       facts={**facts, **lost})  # fmt: skip
+                       facts={**facts, **lost}, naming=recipe.export.lora_format)  # fmt: skip
 
 
 def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, display: Display, device: str) -> Report:
@@ -166,7 +185,8 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
     config = recipe.bench
     assert config is not None, "the caller asks only if the recipe does"
     steps, guidance = config.teacher_steps, config.teacher_guidance
-    teacher = ModelUnderTest(f"teacher, {steps} steps", recipe.teacher, steps, guidance)
+    teacher_path = known_teacher(recipe, folder)
+    teacher = ModelUnderTest(f"teacher, {steps} steps", teacher_path, steps, guidance)
     seconds = folder.train_seconds()
     several, adapter = recipe.multi_student, None
     path = str(folder.pipeline if several is None else folder.path)
@@ -178,7 +198,7 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
         if spec.sampler == "own":
             one = replace(teacher, name=f"teacher, {steps} steps, no guidance", guidance_scale=1.0)
         if spec.adapter is not None:
-            path, adapter = recipe.teacher, str(folder.adapter)
+            path, adapter = teacher_path, str(folder.adapter)
         name = "student" if several is None else f"{several.students} students"
         rule = None if several is None else several.rule
         student = ModelUnderTest(f"{name}, {spec.num_steps} {plural}", path, spec.num_steps, spec.guidance_scale,

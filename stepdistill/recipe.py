@@ -194,6 +194,13 @@ class StudentConfig(Section):
     shape: Annotated[NetworkShape, options_of(NetworkShape)] | None = None
 
 
+class TeacherLora(Section):
+    """A LoRA that is merged into the teacher: where it is, and how strongly it counts (1 is as it was trained)."""
+
+    path: Text
+    scale: Number = 1.0
+
+
 class CheckpointConfig(Section):
     """How often the run is saved, in steps, and how many of these are kept."""
 
@@ -231,11 +238,15 @@ class HealthConfig(Section):
 
 
 class ExportConfig(Section):
-    """What is left behind: a Diffusers pipeline, a LoRA file (of full weights: by truncated SVD at this rank)."""
+    """What is left behind: a Diffusers pipeline, a LoRA file (of full weights: by truncated SVD at this rank).
+
+    ``lora_format`` is how its layers are named: as Diffusers does, as kohya's programs do, or both, a file each.
+    """
 
     pipeline: bool = True
     lora: bool = True
     lora_rank: Count = 32
+    lora_format: Literal["diffusers", "kohya", "both"] = "diffusers"
 
 
 class BenchConfig(Section):
@@ -279,6 +290,8 @@ class Recipe(Section):
     output: Text = Field(default_factory=lambda known: f"runs/{known.get('name', '')}")
     seed: CountOrZero = 0
     teacher: Text
+    teacher_config: Text | None = None
+    teacher_loras: tuple[TeacherLora, ...] = ()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig
@@ -299,6 +312,11 @@ class Recipe(Section):
         sampling = {} if bench is None else {"steps": bench.teacher_steps, "guidance": bench.teacher_guidance}
         known = {"seed": self.seed, "precision": self.precision, "size": self.data.size}
         return {**known, **sampling, **(self.data.make_pairs or {})}
+
+    def teacher_options(self) -> dict[str, Any]:
+        """What ``stepdistill.load_family`` has to know of the teacher besides where it is."""
+        loras = [(lora.path, lora.scale) for lora in self.teacher_loras]
+        return {"config": self.teacher_config, "loras": loras}
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -355,9 +373,11 @@ class Recipe(Section):
         content = self.model_dump(mode="json", exclude={*NOT_COMPUTED})
         # Younger than published results, whose fingerprints shall stay: left out as long as they say nothing.
         younger = [(content, "student", self.student.shape), (content, "multi_student", self.multi_student),
-                   (content["data"], "make_pairs", self.data.make_pairs)]  # fmt: skip
+                   (content["data"], "make_pairs", self.data.make_pairs),
+                   (content, "teacher_config", self.teacher_config), (content, "teacher_loras", self.teacher_loras),
+                   (content["export"], "lora_format", self.export.lora_format != "diffusers")]  # fmt: skip
         for section, key, value in younger:
-            if value is None:
+            if not value:
                 del section[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

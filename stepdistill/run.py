@@ -105,7 +105,9 @@ class _Run:
         precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
         self.accelerator: Accelerator = Accelerator(mixed_precision=precision, cpu=recipe.device == "cpu")
         display.say(f"loading {recipe.teacher}")
-        self.family: ModelFamily = load_family(recipe.teacher, device=str(self.accelerator.device))
+        self.family: ModelFamily = load_family(
+            recipe.teacher, device=str(self.accelerator.device), **recipe.teacher_options()
+        )
         self.batches: Batches | None = None
         self._check_export()
         self.part = open_part(recipe, self.family, folder, shared)
@@ -134,6 +136,7 @@ class _Run:
     def _check_export(self) -> None:
         """Raises UserError now, and not after the training, if the student cannot be trained or exported as asked."""
         from stepdistill.cast import adapter_roles, roles_with_guidance, shapes_of_roles
+        from stepdistill.export.lora import check_format
         from stepdistill.export.schedulers import family_scheduler
         from stepdistill.guidance.wiring import wiring_of
         from stepdistill.small_students import shaped_roles
@@ -152,6 +155,8 @@ class _Run:
         spec = self.objectives[-1].inference()
         if spec is not None and (wanted.pipeline or (wanted.lora and self.family.supports_lora_loading)):
             family_scheduler(self.family, spec)
+        if wanted.lora:
+            check_format(self.family, wanted.lora_format)
 
     def _play_stage(self, index: int, starts: Mapping[str, RoleState]) -> dict[str, RoleState]:
         trainer, cast = self._build_stage(index, starts)
@@ -178,7 +183,7 @@ class _Run:
         stage, objective, recipe = self.recipe.stages[index], self.objectives[index], self.recipe
         cast = Cast(
             self.family, shaped_roles(objective, recipe.student.shape),
-            lora=lora_settings(stage, objective, self.family), starts=resolve_starts(stage, starts),
+            lora=lora_settings(stage, objective, self.family), starts=resolve_starts(stage, starts, self.family),
             checkpointing=stage.checkpointing, seed=recipe.seed, size=recipe.data.size,
         )  # fmt: skip
         self.display.roles(cast.summary())
@@ -220,8 +225,12 @@ class _Run:
         return on_step
 
 
-def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState]) -> dict[str, RoleState]:
-    """Where a stage's roles start from: "previous" (the default), "teacher", or a Diffusers folder or hub id."""
+def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState], family: ModelFamily) -> dict[str, RoleState]:
+    """Where a stage's roles start from: "previous" (the default), "teacher", or whatever a teacher could be.
+
+    Raises:
+        UserError: a network predicts another quantity than the family's, so that as one of it, it would draw nothing.
+    """
     from stepdistill.cast import RoleState
     from stepdistill.families import load_family
 
@@ -230,8 +239,12 @@ def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState]) -> dict[
         if source == "teacher":
             starts.pop(role, None)
         elif source != "previous":
-            network = load_family(source).network()
-            starts[role] = RoleState(None, {name: p.detach() for name, p in network.named_parameters()})
+            start = load_family(source)
+            if start.kind != family.kind:
+                raise UserError(f"starts.{role}: {source} predicts {start.kind}, the teacher {family.path} "
+                                f"{family.kind}; begin with a network that predicts what the teacher does, or take "
+                                "another teacher")  # fmt: skip
+            starts[role] = RoleState(None, {name: p.detach() for name, p in start.network().named_parameters()})
     return starts
 
 
@@ -277,15 +290,18 @@ def finish(
 ) -> RunResult:  # fmt: skip
     """Exports the student, checks the export in a fresh process, measures it and writes the model card."""
     from stepdistill.export.card import write_card
-    from stepdistill.finish import export_student, measure
+    from stepdistill.finish import export_student, keep_teacher, known_teacher, measure
 
     pipeline, lora = export_student(recipe, family, roles["student"], spec, folder, display)
     adapter = folder.adapter if spec is not None and spec.adapter is not None else None
     report = None
     # One of several students is measured with the others: alone it knows its own prompts only.
+    if recipe.bench is not None:
+        keep_teacher(family, folder)
     if recipe.bench is not None and recipe.multi_student is None and (pipeline is not None or adapter is not None):
         report = measure(recipe, spec, folder, display, str(family.device))
-    write_card(folder.path, recipe=recipe.model_dump(mode="json"), spec=spec, report=report,
+    described = {**recipe.model_dump(mode="json"), "teacher": known_teacher(recipe, folder)}
+    write_card(folder.path, recipe=described, spec=spec, report=report,
                picture="report/samples.png" if report is not None else None)  # fmt: skip
     display.say(f"done: {folder.path}")
     return RunResult(folder.path, pipeline, lora, report, adapter)
@@ -307,7 +323,7 @@ def export(run: Path, checkpoint: str | None = None, output: Path | None = None)
     if recipe.multi_student is not None and recipe.multi_student.part is None:
         raise UserError(f"{run}: a run of several students, which are exported one by one: give {run}/student-0")
     source = RunFolder(run)
-    family = load_family(recipe.teacher)
+    family = load_family(recipe.teacher, **recipe.teacher_options())
     roles, stage = source.roles_of(checkpoint, recipe, family)
     spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
     target = RunFolder(output or run)

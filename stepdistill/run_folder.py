@@ -42,6 +42,7 @@ class RunFolder:
         self.pipeline = path / "pipeline"
         self.lora = path / "lora"
         self.adapter = path / "adapter"
+        self.teacher = path / "teacher"
         self.report = path / "report"
         self.checkpoints = Checkpoints(path / "checkpoints", keep)
 

@@ -45,6 +45,16 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_sd3(tmp_path_factory.mktemp("teachers") / "sd3")
 
 
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A StableDiffusionXLPipeline with random weights; never written to."""
+    from stepdistill.families.tiny import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("teachers") / "sdxl"
+    tiny_pipeline("sdxl").save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def sd(sd_folder: str) -> ModelFamily:
     """The tiny Stable Diffusion, freshly loaded: a test may put adapters on it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stepdistill.errors import UserError
 from stepdistill.export.pipeline import atomic_folder, write_facts
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+KOHYA_FILE = "kohya_lora.safetensors"
+
+Naming = Literal["diffusers", "kohya", "both"]
 
 
 @dataclass(frozen=True)
@@ -156,10 +159,12 @@ def export_lora(
     folder: Path,
     spec: InferenceSpec | None = None,
     facts: Mapping[str, Any] | None = None,
+    naming: Naming = "diffusers",
 ) -> Path:
     """Writes the LoRA by the pipeline's own `save_lora_weights`, and beside it the scheduler that it needs.
 
     `pipe.load_lora_weights(folder)`; `pipe.scheduler = <class>.from_pretrained(folder, subfolder="scheduler")`.
+    Diffusers reads a file of either naming.
 
     Args:
         family: the loaded teacher.
@@ -169,9 +174,10 @@ def export_lora(
         folder: appears at once or not at all; an earlier LoRA in it is replaced.
         spec: how the student is called; None writes no scheduler.
         facts: more entries for distillation_config.json.
+        naming: of the layers, "both" writes two files.
 
     Raises:
-        UserError: Diffusers has no LoRA loader for this pipeline, or the disk is full.
+        UserError: Diffusers has no LoRA loader for this pipeline or cannot rename its layers, or the disk is full.
     """
     pipeline = family.pipeline
     if not family.supports_lora_loading:
@@ -179,13 +185,38 @@ def export_lora(
             f"{type(pipeline).__name__} cannot load LoRA files in Diffusers; set export.lora=false, "
             "the exported pipeline holds the merged weights"
         )
+    check_format(family, naming)
     layers = fold_alpha(lora_state, rank=rank, alpha=alpha)
     scheduler = pipeline.scheduler if spec is None else family_scheduler(family, spec)
-    with atomic_folder(folder, marker=LORA_FILE) as new:
-        type(pipeline).save_lora_weights(
-            new, weight_name=LORA_FILE, safe_serialization=True, **{f"{family.network_component}_lora_layers": layers}
-        )
+    earlier = KOHYA_FILE if (folder / KOHYA_FILE).is_file() else LORA_FILE
+    with atomic_folder(folder, marker=earlier) as new:
+        if naming in ("diffusers", "both"):
+            type(pipeline).save_lora_weights(
+                new, weight_name=LORA_FILE, safe_serialization=True,
+                **{f"{family.network_component}_lora_layers": layers},
+            )  # fmt: skip
+        if naming in ("kohya", "both"):
+            _save_kohya(layers, rank, new / KOHYA_FILE)
         if spec is not None:
             scheduler.save_pretrained(new / "scheduler")
         write_facts(new, spec, type(pipeline), scheduler, {"rank": rank, **(facts or {})})
     return folder
+
+
+def check_format(family: ModelFamily, naming: Naming) -> None:
+    """Raises UserError if the layers of this architecture cannot be named so."""
+    if naming != "diffusers" and not family.kohya_naming:
+        raise UserError(f"export.lora_format: {naming} is for UNets; nothing in Diffusers renames the layers of a "
+                        f"{family.pipeline_class}; set export.lora_format=diffusers")  # fmt: skip
+
+
+def _save_kohya(layers: Mapping[str, Tensor], rank: int, file: Path) -> None:
+    """Layers of a UNet by PEFT's names, alpha equal to the rank => `lora_unet_<layer>.{lora_down, lora_up, alpha}`."""
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import save_file
+
+    renamed = convert_state_dict_to_kohya({f"unet.{key}": tensor for key, tensor in layers.items()})
+    # What these programs show of a file, and what they know a LoRA by.
+    facts = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
+             "ss_network_alpha": str(rank)}  # fmt: skip
+    save_file({key: tensor.float().contiguous() for key, tensor in renamed.items()}, file, metadata=facts)

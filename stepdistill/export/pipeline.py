@@ -57,7 +57,8 @@ def export_pipeline(
     if spec is not None:
         changes["scheduler"] = family_scheduler(family, spec)
     pipeline.register_modules(**changes)
-    pipeline.register_to_config(**_lost_config(pipeline, family.path))
+    if family.stored:
+        pipeline.register_to_config(**_lost_config(pipeline, family.path))
     with atomic_folder(folder, marker="model_index.json") as new:
         pipeline.save_pretrained(new, safe_serialization=True)
         forget_origin(new)

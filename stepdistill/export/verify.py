@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 job = json.loads(sys.argv[1])
 pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
+pipe.watermark = None  # SDXL hides one in its images wherever a certain package is installed
 if job["lora"]:
     pipe.load_lora_weights(job["lora"])
 if job["scheduler"]:

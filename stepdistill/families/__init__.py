@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
-
-from stepdistill.errors import UserError, first_line
 
 
 if TYPE_CHECKING:
@@ -16,40 +15,42 @@ if TYPE_CHECKING:
 # pipeline class => where its family lives; an explicit table, so that nothing registers itself at import
 FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "stepdistill.families.sd:StableDiffusion",
+    "StableDiffusionXLPipeline": "stepdistill.families.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "stepdistill.families.sd3:StableDiffusion3",
     "DiTPipeline": "stepdistill.families.dit:DiT",
 }
 
 
-def load_family(path: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> ModelFamily:
+def load_family(
+    path: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    config: str | None = None,
+    loras: Sequence[tuple[str, float]] = (),
+) -> ModelFamily:
     """Loads a teacher with plain Diffusers, safetensors only.
 
     Args:
-        path: a Diffusers folder, or a hub id.
+        path: a Diffusers folder, a hub id, one .safetensors file of all components, or "tiny:" and a family's name: a
+            tiny network of random weights, made in memory.
         dtype: of all weights; default float32.
         device: torch device.
+        config: of a single file: the Diffusers folder or hub id that says how it is built.
+        loras: (path, scale) of LoRAs to merge.
 
     Raises:
         UserError: not a Diffusers pipeline, a missing component, or an architecture without a family.
     """
-    import diffusers
     import torch
 
     from stepdistill.assets import resolve_model_path
-    from stepdistill.families.base import read_model_index
+    from stepdistill.families.loading import TINY, is_stored, load_pipeline, merge_loras
 
-    path = str(resolve_model_path(path))
-    name = str(read_model_index(path).get("_class_name"))
-    if name not in FAMILIES:
-        raise UserError(f"teacher: {path} is a {name}; supported pipelines: {', '.join(sorted(FAMILIES))}")
-    optional = {"safety_checker": None, "feature_extractor": None} if name == "StableDiffusionPipeline" else {}
-    try:
-        pipeline = getattr(diffusers, name).from_pretrained(
-            path, dtype=dtype or torch.float32, use_safetensors=True, **optional
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {path} could not be loaded: {first_line(error)}") from error
+    path = path if path.startswith(TINY) else str(resolve_model_path(path))
+    pipeline = load_pipeline(path, FAMILIES, dtype=dtype or torch.float32, config=config)
+    merge_loras(pipeline, loras)
     pipeline.set_progress_bar_config(disable=True)
-    module, _, attribute = FAMILIES[name].partition(":")
-    family: ModelFamily = getattr(import_module(module), attribute)(pipeline.to(device), path)
-    return family
+    module, _, attribute = FAMILIES[type(pipeline).__name__].partition(":")
+    kind: type[ModelFamily] = getattr(import_module(module), attribute)
+    return kind(pipeline.to(device), path, stored=is_stored(path) and not loras)

@@ -27,7 +27,8 @@ class ModelFamily(ABC):
 
     Args:
         pipeline: the stock pipeline as loaded.
-        path: the folder or hub id that it came from.
+        path: the folder, hub id or file that it came from, or "tiny:" and a name.
+        stored: whether plain Diffusers finds the same pipeline at `path`: no single file, nothing merged into it.
 
     Attributes:
         name: the family's name in `stepdistill list`.
@@ -35,6 +36,7 @@ class ModelFamily(ABC):
         network_component: which component denoises, "unet" or "transformer".
         lora_targets: layers that get a LoRA unless a recipe names others.
         supports_lora_loading: whether the stock pipeline has `load_lora_weights`.
+        kohya_naming: whether a LoRA's layers can be named as kohya's and ComfyUI's programs name them.
         takes_latents: whether the stock pipeline has a `latents` argument.
         scales_noise: whether the stock pipeline multiplies its noise by what the scheduler asks for.
         takes_eta: whether the stock pipeline has an argument `eta` and hands it to its scheduler.
@@ -49,6 +51,7 @@ class ModelFamily(ABC):
     network_component: ClassVar[str]
     lora_targets: ClassVar[tuple[str, ...]]
     supports_lora_loading: ClassVar[bool] = True
+    kohya_naming: ClassVar[bool] = False  # Diffusers can rename those of UNets
     takes_latents: ClassVar[bool] = True
     scales_noise: ClassVar[bool] = True
     takes_eta: ClassVar[bool] = True
@@ -56,9 +59,10 @@ class ModelFamily(ABC):
     block_pattern: ClassVar[str] = r"transformer_blocks\.\d+"
     attention_pattern: ClassVar[str] = r".*\.attn1"
 
-    def __init__(self, pipeline: Any, path: str) -> None:
+    def __init__(self, pipeline: Any, path: str, *, stored: bool = True) -> None:
         self.pipeline = pipeline
         self.path = path
+        self.stored = stored
         self.schedule, self.kind = from_scheduler_config(
             # a scheduler made in memory does not name its class in its configuration
             {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}

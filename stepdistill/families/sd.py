@@ -15,6 +15,10 @@ from stepdistill.network_shape import NetworkShape
 
 
 GUIDANCE_CHANNELS = 256  # of the embedded guidance scale, as in the code of LCM (arXiv 2310.04378)
+GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"
+# DMD2 (arXiv 2405.14867) adapts these layers in its LoRA runs; attention alone cannot change what is drawn where.
+UNET_LORA_TARGETS = (*ATTENTION_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+                     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
 
 
 class StableDiffusion(ModelFamily):
@@ -23,25 +27,19 @@ class StableDiffusion(ModelFamily):
     name = "sd"
     pipeline_class = "StableDiffusionPipeline"
     network_component = "unet"
-    guidance_weight: ClassVar[str] = "time_embedding.cond_proj.weight"
+    guidance_weight: ClassVar[str] = GUIDANCE_WEIGHT
     block_pattern = r"(down|up)_blocks\.\d+"
-    # DMD2 (arXiv 2405.14867) adapts these layers in its LoRA runs; attention alone cannot change what is drawn where.
-    lora_targets = (*ATTENTION_TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-                    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
+    lora_targets = UNET_LORA_TARGETS
+    kohya_naming = True
 
     @property
     def feature_layers(self) -> tuple[str, ...]:
         return ("mid_block",)  # the bottleneck, as DMD2's code does
 
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
-        scale = condition.tensors.get("guidance")
-        embedded = None
-        if scale is not None:
-            channels = network.get_parameter(self.guidance_weight).shape[1]
-            embedded = guidance_embedding(scale, channels).to(x_t.dtype)
         output: Tensor = network(
-            x_t, model_time, encoder_hidden_states=condition.tensors["prompt_embeds"], timestep_cond=embedded,
-            return_dict=False,
+            x_t, model_time, encoder_hidden_states=condition.tensors["prompt_embeds"],
+            timestep_cond=embedded_guidance(network, condition, x_t.dtype), return_dict=False,
         )[0]  # fmt: skip
         return output
 
@@ -62,6 +60,14 @@ class StableDiffusion(ModelFamily):
 
     def text_modules(self) -> dict[str, nn.Module]:
         return {"text_encoder": self.pipeline.text_encoder}
+
+
+def embedded_guidance(network: nn.Module, condition: Condition, dtype: torch.dtype) -> Tensor | None:
+    """The guidance scale of a condition as a UNet takes it, (B, channels); None where the condition has none."""
+    scale = condition.tensors.get("guidance")
+    if scale is None:
+        return None
+    return guidance_embedding(scale, network.get_parameter(GUIDANCE_WEIGHT).shape[1]).to(dtype)
 
 
 def guidance_embedding(scale: Tensor, channels: int) -> Tensor:

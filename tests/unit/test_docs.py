@@ -39,6 +39,8 @@ TESTED_CELLS = [
     ("sd", "dmd2", {"timesteps": [999, 749, 499, 249]}),
     ("sd3", "denoising", {}), ("sd3", "vsd", {}), ("sd3", "dmd2", {}),
     ("sd3", "dmd2", {"timesteps": [999, 749, 499, 249]}),
+    ("sdxl", "denoising", {}), ("sdxl", "vsd", {}), ("sdxl", "dmd2", {}),
+    ("sdxl", "dmd2", {"timesteps": [999, 749, 499, 249]}),
     ("dit", "denoising", {}), ("dit", "vsd", {}), ("dit", "dmd2", {}),
     ("dit", "dmd2", {"timesteps": [999, 749, 499, 249]}),
 ]  # fmt: skip
