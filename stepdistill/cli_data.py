@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stepdistill.cli_datasets import cache, check, recipe_of
 from stepdistill.errors import UserError
 from stepdistill.terminal import device_of, hide_loading_bars, open_console
 
@@ -16,18 +17,19 @@ from stepdistill.terminal import device_of, hide_loading_bars, open_console
 if TYPE_CHECKING:
     from stepdistill.data.pair_maker import PairSettings
     from stepdistill.data.prompts import PromptSet
-    from stepdistill.recipe import Recipe
 
 
 PAIRS_FOLDER = "pairs"
 
 data_app = typer.Typer(
     name="data",
-    help="Make data that objectives learn from.",
+    help="Make, check and encode the data that objectives learn from.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+data_app.command()(check)
+data_app.command()(cache)
 
 
 @data_app.command()
@@ -103,7 +105,7 @@ def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _Pair
     from stepdistill.options import build_dataclass
 
     given = _read_options(options)
-    recipe = _recipe_of(source)
+    recipe = recipe_of(source)
     known = {} if recipe is None else recipe.pair_options()
     settings: PairSettings = build_dataclass(PairSettings, {**known, **given}, "pairs")
     if prompts is not None:
@@ -118,15 +120,6 @@ def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _Pair
         return _PairJob(source, texts, settings, Path(PAIRS_FOLDER), "auto")
     return _PairJob(recipe.teacher, texts, settings, Path(recipe.data.pairs or PAIRS_FOLDER), recipe.device,
                     recipe.teacher_options())  # fmt: skip
-
-
-def _recipe_of(source: str) -> Recipe | None:
-    """The recipe that is meant, if it is one: by its suffix, or by the name of a bundled one."""
-    from stepdistill.recipe import Recipe, bundled_recipes
-
-    if Path(source).suffix in (".yaml", ".yml") or (source in bundled_recipes() and not Path(source).exists()):
-        return Recipe.load(source)
-    return None
 
 
 def _read_options(options: Sequence[str]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ Schedule = Literal[
 
 
 NOT_COMPUTED = ("output", "device", "health")  # keys that change nothing about the weights
+DATA_NOT_COMPUTED = ("cache_folder", "workers")  # of the data section
 
 
 class Section(BaseModel):
@@ -177,6 +178,7 @@ class DataConfig(Section):
 
     ``make_pairs`` says how pairs are made (as ``stepdistill.data.pair_maker.PairSettings``): those that ``stepdistill
     data pairs`` stores, and those that a run makes in its own folder where ``pairs`` has none of its teacher.
+    ``cache_folder`` is one that ``stepdistill data cache`` has made; ``buckets`` are sizes of images, width x height.
     """
 
     prompts: Text
@@ -185,7 +187,10 @@ class DataConfig(Section):
     pairs: Text | None = None
     make_pairs: dict[str, Any] | None = None
     cache: bool = True
+    cache_folder: Text | None = None
     size: Count | None = None
+    buckets: Literal["auto"] | tuple[Text, ...] | None = None
+    workers: CountOrZero = 0
 
 
 class StudentConfig(Section):
@@ -371,9 +376,12 @@ class Recipe(Section):
     def sha256(self) -> str:
         """Fingerprint of what is computed: all content except where it is written, where it runs and who watches."""
         content = self.model_dump(mode="json", exclude={*NOT_COMPUTED})
+        for key in DATA_NOT_COMPUTED:
+            del content["data"][key]
         # Younger than published results, whose fingerprints shall stay: left out as long as they say nothing.
         younger = [(content, "student", self.student.shape), (content, "multi_student", self.multi_student),
                    (content["data"], "make_pairs", self.data.make_pairs),
+                   (content["data"], "buckets", self.data.buckets),
                    (content, "teacher_config", self.teacher_config), (content, "teacher_loras", self.teacher_loras),
                    (content["export"], "lora_format", self.export.lora_format != "diffusers")]  # fmt: skip
         for section, key, value in younger:

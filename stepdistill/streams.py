@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepdistill.assets import resolve_bundled
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from stepdistill.data.batches import Batches
+    from stepdistill.data.cache import Conditions
+    from stepdistill.data.images import ImageSet
     from stepdistill.data.pairs import PairSet, PairStream
     from stepdistill.data.parts import Part
+    from stepdistill.data.prompts import PromptSet
     from stepdistill.families.base import ModelFamily
     from stepdistill.objectives.base import Objective, Phase
     from stepdistill.recipe import Recipe, StageConfig
@@ -26,6 +30,12 @@ def all_phases(stage: StageConfig, objective: Objective) -> Iterator[Phase]:
     """The phases of all iterations of a stage; an objective may change them on the way."""
     for step in range(stage.steps):
         yield from objective.phases(step)
+
+
+def streams_of(recipe: Recipe, objectives: Sequence[Objective]) -> set[str]:
+    """The streams that the stages of a recipe play."""
+    played = zip(recipe.stages, objectives, strict=True)
+    return {phase.stream for stage, objective in played for phase in all_phases(stage, objective)}
 
 
 def open_batches(
@@ -40,22 +50,20 @@ def open_batches(
 ) -> Batches:
     """Prompts, their encodings, images and pairs, as the recipe says; only the streams that the objectives play."""
     from stepdistill.data.batches import Batches
-    from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
+    from stepdistill.data.cache import EncodedOnTheFly
     from stepdistill.data.prompts import load_prompts
 
     data = recipe.data
-    played = zip(recipe.stages, objectives, strict=True)
-    needs = {phase.stream for stage, objective in played for phase in all_phases(stage, objective)}
+    needs = streams_of(recipe, objectives)
     pairs = open_pairs(recipe, family, folder, display) if needs & {"pairs", "states"} else None
     if pairs is not None and "states" in needs:
         _ = pairs.pairs.num_states  # refuses pairs without them now, and not after prompts have been encoded
     prompts = load_prompts(data.prompts, count=data.count)
     prompts = prompts if part is None else part.prompts(prompts)
     display.say(prompts.summary())
-    cache = ConditionCache(folder.cache, family, prompts) if data.cache and "prompts" in needs else None
-    conditions = cache or EncodedOnTheFly(family, prompts)
-    with display.counting("encoding prompts") as count:
-        conditions.build(count)
+    conditions: Conditions = EncodedOnTheFly(family, prompts)
+    if "prompts" in needs:
+        conditions = encodings(recipe, family, prompts, folder, display, "prompts")
     batches = Batches(family, prompts, conditions, None, recipe.seed, accelerator.process_index,
                       accelerator.num_processes, data.size, pairs=pairs)  # fmt: skip
     if data.images is not None and "images" in needs:
@@ -67,27 +75,97 @@ def open_images(
     batches: Batches, recipe: Recipe, folder: RunFolder, display: Display, part: Part | None = None
 ) -> None:
     """Gives batches their images stream; with a cache, neither autoencoder nor text encoder works at every step."""
-    from stepdistill.data.cache import ConditionCache, EncodedTexts
-    from stepdistill.data.images import load_images
+    from stepdistill.data.cache import EncodedTexts
     from stepdistill.data.latents import LatentCache, LatentsOnTheFly
+    from stepdistill.data.prepared import open_latents
     from stepdistill.data.prompts import PromptSet
 
-    data, family = recipe.data, batches.family
-    assert data.images is not None, "the caller asks only if the recipe does"
-    images = load_images(data.images, size=data.size or family.image_size)
+    data, family, processes = recipe.data, batches.family, batches.num_processes
+    images = open_image_set(recipe, family)
+    display.say(images.summary())
     images = images if part is None else part.images(images, data.count)
-    if not data.cache or data.count is None:
-        batches.latents = LatentsOnTheFly(family, images)
+    if data.cache_folder is not None:
+        count = _number_of(images, recipe)
+        latents = open_latents(Path(data.cache_folder), family, images, count, num_processes=processes)
+    elif not data.cache or data.count is None:
+        batches.latents = LatentsOnTheFly(family, images, num_processes=processes, workers=data.workers)
         return
-    # The number is that of the prompts; a folder may have fewer images.
-    latents = LatentCache(folder.cache, family, images, min(data.count, images.length or data.count))
-    with display.counting("encoding images") as count:
-        latents.build(count)
+    else:
+        count = _number_of(images, recipe)
+        latents = LatentCache(folder.cache, family, images, count, num_processes=processes)
+        with display.counting("encoding images") as done:
+            latents.build(done)
     captions = PromptSet(tuple(dict.fromkeys(latents.captions)))
-    conditions = ConditionCache(folder.cache, family, captions)
-    with display.counting("encoding captions") as count:
-        conditions.build(count)
+    conditions = encodings(recipe, family, captions, folder, display, "captions")
     batches.latents, batches.encode = latents, EncodedTexts(conditions, captions)
+
+
+def open_image_set(recipe: Recipe, family: ModelFamily) -> ImageSet:
+    """The images that the recipe names, at the size or in the buckets that it asks for."""
+    from stepdistill.data.buckets import parse_buckets
+    from stepdistill.data.images import load_images
+
+    data = recipe.data
+    assert data.images is not None, "the caller asks only if the recipe does"
+    size = data.size or family.image_size
+    buckets = () if data.buckets is None else parse_buckets(data.buckets, size, family.vae_factor)
+    return load_images(data.images, size=size, buckets=buckets, count=data.count)
+
+
+def _number_of(images: ImageSet, recipe: Recipe) -> int:
+    """How many images are encoded: the recipe's number is that of the prompts, and there may be fewer images."""
+    lengths = [n for n in (images.length, recipe.data.count) if n is not None]
+    if not lengths:
+        raise UserError(f"{recipe.where('data.count')}: missing, and the images have no end; say how many to encode")
+    return min(lengths)
+
+
+def encodings(
+    recipe: Recipe, family: ModelFamily, prompts: PromptSet, folder: RunFolder, display: Display, what: str
+) -> Conditions:
+    """Prompts => their encodings: prepared before, kept by the run, or made anew whenever they are asked for."""
+    from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
+    from stepdistill.data.prepared import open_conditions
+
+    if recipe.data.cache_folder is not None:
+        return open_conditions(Path(recipe.data.cache_folder), family, prompts)
+    cache = ConditionCache(folder.cache, family, prompts) if recipe.data.cache else None
+    conditions = cache or EncodedOnTheFly(family, prompts)
+    with display.counting(f"encoding {what}") as count:
+        conditions.build(count)
+    return conditions
+
+
+def prepare(
+    recipe: Recipe, objectives: Sequence[Objective], family: ModelFamily, folder: Path, display: Display
+) -> None:
+    """Encodes all that the stages of a recipe play into a folder that runs can name as their `data.cache_folder`.
+
+    Raises:
+        UserError: the data cannot be used, or the folder cannot be written.
+    """
+    from stepdistill.data.latents import LatentCache
+    from stepdistill.data.pairs import load_pairs
+    from stepdistill.data.prepared import LATENTS, prepare_conditions
+    from stepdistill.data.prompts import load_prompts
+
+    data, needs = recipe.data, streams_of(recipe, objectives)
+    texts: list[str] = []
+    if needs & {"prompts", "pairs", "states"}:  # pairs that a run makes have the prompts of the data
+        prompts = load_prompts(data.prompts, count=data.count)
+        display.say(prompts.summary())
+        texts += prompts.prompts
+    if needs & {"pairs", "states"} and data.pairs is not None:
+        texts += load_pairs(resolve_bundled(data.pairs), family, size=data.size).prompts.prompts
+    if data.images is not None and "images" in needs:
+        images = open_image_set(recipe, family)
+        display.say(images.summary())
+        latents = LatentCache(folder / LATENTS, family, images, _number_of(images, recipe))
+        with display.counting("encoding images") as count:
+            latents.build(count)
+        texts += latents.captions
+    with display.counting("encoding texts") as count:
+        prepare_conditions(folder, family, texts, count)
 
 
 def open_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairStream:
@@ -96,16 +174,11 @@ def open_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: 
     Raises:
         UserError: it does neither, or they are not of its teacher.
     """
-    from stepdistill.data.cache import ConditionCache, EncodedOnTheFly
     from stepdistill.data.pairs import PairStream
 
     pairs = find_pairs(recipe, family, folder, display)
     display.say(pairs.summary())
-    cache = ConditionCache(folder.cache, family, pairs.prompts) if recipe.data.cache else None
-    conditions = cache or EncodedOnTheFly(family, pairs.prompts)
-    with display.counting("encoding the prompts of the pairs") as count:
-        conditions.build(count)
-    return PairStream(pairs, conditions)
+    return PairStream(pairs, encodings(recipe, family, pairs.prompts, folder, display, "the prompts of the pairs"))
 
 
 def find_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairSet:

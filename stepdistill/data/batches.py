@@ -71,9 +71,14 @@ class Batches:
     def _images(self, start: int, count: int) -> Batch:
         if self.latents is None:
             raise UserError('this objective learns from images: set data.images to "shapes" or to a folder')
-        latents, captions = self.latents.batch(self.seed, start, count)
+        found = self.latents.batch(self.seed, start, count)
         encode = self.encode or self.family.encode_prompts
-        return self._batch(encode(captions), latents.float(), tuple(captions))
+        batch = self._batch(encode(found.captions), found.latents.float(), tuple(found.captions))
+        if found.framings is None:
+            return batch
+        condition, null = (self.family.framed(c, found.framings) for c in (batch.condition, batch.null))
+        shape = (found.latents.shape[1], found.latents.shape[2], found.latents.shape[3])
+        return replace(batch, condition=condition, null=null, latent_shape=shape)
 
     def _states(self, start: int, count: int) -> Batch:
         found, condition = self._stored().draw_states(self.seed, start, count)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # (prompts done, prompts in all)
 
+INDEX = "index.json"
 FORMAT = 1  # of the files; part of the fingerprint, so a change makes new folders
 SHARD_SIZE = 1024  # prompts; at most this much work is lost by an interruption
 
@@ -92,7 +93,8 @@ class ConditionCache:
         self._batch_size = batch_size
         self._shard_size = shard_size
         self._shards: dict[int, dict[str, Tensor]] = {}
-        self.fingerprint = conditions_fingerprint(family, prompts)
+        self.facts = conditions_facts(family, prompts)
+        self.fingerprint = _fingerprint(self.facts)
         self.folder = Path(folder) / self.fingerprint[:16]
 
     def build(self, progress: Progress | None = None) -> None:
@@ -132,7 +134,7 @@ class ConditionCache:
 
     def _adopt_index(self) -> None:
         """Writes index.json, or takes the shard size of an unfinished build from it."""
-        file = self.folder / "index.json"
+        file = self.folder / INDEX
         if file.is_file():
             index = json.loads(file.read_text())
             if index.get("fingerprint") == self.fingerprint:
@@ -140,11 +142,11 @@ class ConditionCache:
                 return
         facts = {
             "format": FORMAT, "fingerprint": self.fingerprint, "prompts": len(self._prompts),
-            "prompts_fingerprint": self._prompts.fingerprint, "shard_size": self._shard_size,
+            "prompts_fingerprint": self._prompts.fingerprint, "shard_size": self._shard_size, "facts": self.facts,
         }  # fmt: skip
         for stale in self.folder.glob("shard-*.safetensors"):
             stale.unlink()  # of another fingerprint with the same first digits
-        new = self._aside("index.json")
+        new = self._aside(INDEX)
         new.write_text(json.dumps(facts, indent=2) + "\n")
         new.replace(file)
 
@@ -214,7 +216,12 @@ class EncodedTexts:
 
 
 def conditions_fingerprint(family: ModelFamily, prompts: PromptSet) -> str:
-    """sha256 (hexadecimal) of all that determines the encoded prompts: encoder weights, tokenizers, prompts."""
+    """sha256 (hexadecimal) of all that determines the encoded prompts."""
+    return _fingerprint(conditions_facts(family, prompts))
+
+
+def conditions_facts(family: ModelFamily, prompts: PromptSet) -> dict[str, object]:
+    """All that determines the encoded prompts, by name: encoder weights, tokenizers, prompts."""
     parts: dict[str, object] = {"format": FORMAT, "family": family.name, "prompts": prompts.fingerprint}
     modules = family.text_modules()
     for name, module in modules.items():
@@ -227,7 +234,11 @@ def conditions_fingerprint(family: ModelFamily, prompts: PromptSet) -> str:
         if name.startswith("tokenizer") and component is not None:
             vocabulary = hashlib.sha256(json.dumps(sorted(component.get_vocab().items())).encode()).hexdigest()
             parts[name] = [component.model_max_length, vocabulary]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return parts
+
+
+def _fingerprint(facts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def weights_fingerprint(module: nn.Module) -> str:

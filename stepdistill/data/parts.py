@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from stepdistill.data.images import ImageBatch, ImageSet
 from stepdistill.data.prompts import PromptSet, epoch_indices
 from stepdistill.errors import UserError
+from stepdistill.framing import Framing, Size
 
 
 Route = Callable[[Sequence[str]], list[int]]  # prompts => numbers of their students
@@ -87,6 +88,15 @@ class PartOfImages(ImageSet):
     def fingerprint(self) -> str:
         """Of the set and of the choice."""
         return hashlib.sha256(f"{self.images.fingerprint} {self.numbers}".encode()).hexdigest()
+
+    @property
+    def buckets(self) -> tuple[Size, ...]:
+        """Those of the set."""
+        return self.images.buckets
+
+    def framing(self, index: int) -> Framing:
+        """Of the image with this number among the chosen ones."""
+        return self.images.framing(self.numbers[index])
 
     def indices(self, seed: int, start: int, count: int) -> list[int]:
         """Every epoch plays each image once, in an order of its own."""

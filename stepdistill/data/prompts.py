@@ -5,25 +5,22 @@ source => PromptSet;  (seed, sample number) => prompt number, with no state to s
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from stepdistill.data.entries import Entries, file_entries, text_of
+from stepdistill.data.findings import Findings
 from stepdistill.data.shapes import captioned_scene
+from stepdistill.data.source import PROMPT_KEYS, SHAPES_SOURCE, Source, parse_source
 from stepdistill.errors import UserError
 
 
-SHAPES_SOURCE = "shapes"
-PROMPT_KEYS = ("prompt", "caption", "text")  # tried in this order in .json, .jsonl and .csv
-_Lines = Iterator[tuple[int, Any]]  # (line or entry number from 1, what stands there)
+__all__ = ["PROMPT_KEYS", "SHAPES_SOURCE", "PromptSet", "epoch_indices", "load_prompts"]
 
 
 @dataclass(frozen=True)
@@ -58,122 +55,64 @@ class PromptSet:
         return f"{len(self)} prompts from {self.source}" + (f" (left out: {dropped})" if dropped else "")
 
 
-def load_prompts(source: str | Path, *, count: int | None = None, seed: int = 1) -> PromptSet:
-    """Reads prompts from "shapes" or from a .txt, .json, .jsonl or .csv file.
+def load_prompts(
+    source: str | Path, *, count: int | None = None, seed: int = 1, findings: Findings | None = None
+) -> PromptSet:
+    """Reads prompts from "shapes", from files or from a data set of the `datasets` library.
 
-    Blank entries are left out and counted. A file may hold fewer prompts than `count`: then all of them are used.
+    Blank entries are left out and counted. A source may hold fewer prompts than `count`: then all of them are used.
 
     Args:
-        source: "shapes" (captions of the bundled scenes), or a file: a prompt a line (.txt), a list of texts or
-            objects (.json), an object a line (.jsonl), a table with a header (.csv). Objects and tables name the text
-            prompt, caption or text.
+        source: "shapes" (captions of the bundled scenes); a file or a pattern of files: a prompt a line (.txt), a list
+            of texts or objects (.json), an object a line (.jsonl), a table (.csv, .parquet), webdataset shards (.tar);
+            or hf:owner/name, hf:folder. Objects and tables name the text prompt, caption or text, or as the option
+            `?prompt=name` behind the source says.
         count: at most this many, the first ones; None means all, which the endless "shapes" cannot give.
         seed: which endless series of scenes; only for "shapes".
+        findings: gets what is left out; one that is not strict also counts what is broken instead of stopping there.
 
     Raises:
-        UserError: an unreadable, binary, malformed or empty file, naming file and line.
+        UserError: an unreadable, binary, malformed or empty file, naming file and line; a library is missing.
     """
     if count is not None and count < 1:
         raise UserError(f"prompts: count must be at least 1, got {count}")
-    if str(source) == SHAPES_SOURCE:
+    parsed = parse_source(source)
+    if parsed.is_shapes:
         if count is None:
             raise UserError('prompts "shapes" are endless: say how many, for example count: 8192')
         captions = tuple(captioned_scene(seed, index).caption for index in range(count))
         return PromptSet(captions, f"{SHAPES_SOURCE} (seed {seed})")
-    return _from_file(Path(source), count)
-
-
-def _from_file(path: Path, count: int | None) -> PromptSet:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(
-            f'{path}: a prompt source is "{SHAPES_SOURCE}" or a file ending in {", ".join(_READERS)}; '
-            "convert it or rename it, a plain text file with a prompt a line is enough"
-        )
-    prompts, dropped = [], Counter[str]()
-    for number, entry in reader(path, _read_text(path)):
-        text = _prompt_of(path, number, entry)
-        if not text:
-            dropped["blank"] += 1
-        else:
+    findings = findings or Findings()
+    prompts: list[str] = []
+    for place, entry in _entries(parsed, findings):
+        text = text_of(entry, place, parsed.prompt_keys, findings)
+        if text:
             prompts.append(text)
+        elif text is not None:
+            findings.drop("blank", place)
+        # A stream may be longer than memory; files end by themselves, and what they leave out is worth knowing.
+        if parsed.is_hub and len(prompts) == count:
+            break
     if not prompts:
-        raise UserError(f"{path}: holds no prompt ({dropped['blank']} blank entries); write one prompt a line")
-    return PromptSet(tuple(prompts[:count]), str(path), dict(dropped))
+        blank = findings.dropped["blank"]
+        broken = f"; {findings.reasons()}" if findings.faults else ""
+        raise UserError(f"{source}: holds no prompt ({blank} blank entries{broken}); write one prompt a line")
+    return PromptSet(tuple(prompts[:count]), parsed.text, dict(findings.dropped))
 
 
-def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a prompt file ({', '.join(_READERS)})")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path of the prompts"
-        ) from error
-    if b"\0" in data:
-        line = data[: data.index(b"\0")].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: binary data; prompts are plain UTF-8 text")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file with UTF-8 encoding") from error
+def _entries(source: Source, findings: Findings) -> Entries:
+    if source.is_hub:
+        from stepdistill.data.hub import hub_entries
 
+        yield from hub_entries(source)
+        return
+    for path in source.files():
+        if path.suffix.lower() == ".tar":
+            from stepdistill.data.shards import shard_texts
 
-def _prompt_of(path: Path, number: int, entry: object) -> str:
-    """The text of one entry, stripped; an object without a known key is a mistake, an empty value is not."""
-    if isinstance(entry, Mapping):
-        key = next((k for k in PROMPT_KEYS if k in entry), None)
-        if key is None:
-            found = ", ".join(map(str, entry)) or "none"
-            raise UserError(f"{path}, line {number}: none of the keys {', '.join(PROMPT_KEYS)}; found {found}")
-        entry = entry[key]
-    if entry is None:
-        return ""
-    if not isinstance(entry, str):
-        raise UserError(f"{path}, line {number}: a prompt must be text, got {type(entry).__name__}")
-    return entry.strip()
-
-
-def _txt_entries(path: Path, text: str) -> _Lines:
-    return enumerate(text.split("\n") if not text.endswith("\n") else text[:-1].split("\n"), 1)
-
-
-def _jsonl_entries(path: Path, text: str) -> _Lines:
-    for number, line in _txt_entries(path, text):
-        yield number, _parse_json(path, line, number - 1) if line.strip() else ""
-
-
-def _json_entries(path: Path, text: str) -> _Lines:
-    entries = _parse_json(path, text, 0)
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: must hold a list of prompts, got {type(entries).__name__}")
-    return enumerate(entries, 1)
-
-
-def _parse_json(path: Path, text: str, lines_before: int) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {lines_before + error.lineno}: not valid JSON ({error.msg})") from error
-
-
-def _csv_entries(path: Path, text: str) -> _Lines:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
-
-
-_READERS: Mapping[str, Callable[[Path, str], _Lines]] = {
-    ".txt": _txt_entries,
-    ".json": _json_entries,
-    ".jsonl": _jsonl_entries,
-    ".csv": _csv_entries,
-}
+            yield from shard_texts(path, source, findings)
+        else:
+            yield from file_entries(path, source, findings)
 
 
 def epoch_indices(seed: int, start: int, count: int, size: int) -> list[int]:

@@ -15,6 +15,7 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights, Weights
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.smaller import Plan
+from stepdistill.framing import Framing
 from stepdistill.network_shape import NetworkShape
 from stepdistill.schedule import from_scheduler_config
 
@@ -177,6 +178,18 @@ class ModelFamily(ABC):
         vae = self.pipeline.vae
         latents: Tensor = vae.encode(images.to(self.device, vae.dtype)).latent_dist.sample()
         return (latents - self.latent_shift) * float(vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def image_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [-1, 1] => mean and standard deviation of the scaled latents, (B, C, H, W) each."""
+        vae = self.pipeline.vae
+        posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
+        scale = float(vae.config.scaling_factor)
+        return (posterior.mean - self.latent_shift) * scale, posterior.std * scale
+
+    def framed(self, condition: Condition, framings: Sequence[Framing]) -> Condition:
+        """The condition for images that were cut out like this, a framing for each row; most networks are not told."""
+        return condition
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents => images (B, 3, H, W) in [0, 1]."""

@@ -74,7 +74,7 @@ def test_count_takes_the_first_prompts_and_a_short_file_gives_all(tmp_path):
         ("p.jsonl", b'"a cat"\n{"prompt": \n', r"p\.jsonl, line 2: not valid JSON"),
         ("p.jsonl", b'{"url": "x"}\n', "line 1: none of the keys prompt, caption, text; found url"),
         ("p.csv", b"id,words\n1,a cat\n", "none of the keys prompt, caption, text; found id, words"),
-        ("p.parquet", b"PAR1", "ending in .txt"),
+        ("p.arrow", b"ARROW1", "ending in .txt"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_its_line(tmp_path, name, content, message):
