@@ -76,6 +76,7 @@ def pairs(
     display.say(job.prompts.summary())
     display.say(f"loading {job.teacher}")
     family = load_family(job.teacher, device=device_of(device or job.device), **job.teacher_options)
+    family.at_size(job.settings.size)
     try:
         with display.counting("making pairs") as count:
             made = make_pairs(family, job.prompts, folder, job.settings, fresh=fresh, progress=count)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,12 @@ class Denoiser:
         weights: which weights it computes with.
         schedule: the noise schedule that the network was trained on.
         kind: what its native output is, see `Prediction`.
+
+    Attributes:
+        even_sigmas: see `ModelFamily.even_sigmas`.
     """
+
+    even_sigmas: ClassVar[bool] = False
 
     def __init__(self, call: NetworkCall, weights: Weights, schedule: NoiseSchedule, kind: str) -> None:
         self._call = call
@@ -125,6 +130,10 @@ class Denoiser:
         if isinstance(scale, Tensor):
             scale = beside(x_t, scale.to(x_t))
         return with_prompt.guide(without, scale)
+
+    def fresh_noise(self, x: Tensor) -> Tensor:
+        """Noise of the shape of x, in the order in which the stock pipeline's scheduler draws it between steps."""
+        return torch.randn_like(x)
 
     def jvp(
         self,

@@ -127,9 +127,9 @@ def check(family: ModelFamily, network: nn.Module, spec: InferenceSpec, folder: 
     noise = torch.randn((CHECKED_IMAGES, *family.latent_shape()), generator=generator)
     prompts = _some_prompts(family)
     # DiTPipeline takes no latents: it draws its noise first, from the generator that the request seeds.
-    given = noise if family.takes_latents else None
+    given = family.pipeline_latents(noise) if family.takes_latents else None
     steps = OWN_STEPS if spec.sampler == "own" else spec.num_steps
-    request = ImageRequest(prompts, steps, spec.guidance_scale, given, NOISE_SEED, spec.eta)
+    request = ImageRequest(prompts, steps, spec.guidance_scale, given, NOISE_SEED, spec.eta, family.image_size)
     try:
         expected = in_memory(family, network.to("cpu"), spec, noise, prompts)
         return verify_export(folder, expected, request, lora=lora)

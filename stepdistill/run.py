@@ -108,6 +108,7 @@ class _Run:
         self.family: ModelFamily = load_family(
             recipe.teacher, device=str(self.accelerator.device), **recipe.teacher_options()
         )
+        self.family.at_size(recipe.data.size)
         self.batches: Batches | None = None
         self._check_export()
         self.part = open_part(recipe, self.family, folder, shared)
@@ -324,6 +325,7 @@ def export(run: Path, checkpoint: str | None = None, output: Path | None = None)
         raise UserError(f"{run}: a run of several students, which are exported one by one: give {run}/student-0")
     source = RunFolder(run)
     family = load_family(recipe.teacher, **recipe.teacher_options())
+    family.at_size(recipe.data.size)
     roles, stage = source.roles_of(checkpoint, recipe, family)
     spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
     target = RunFolder(output or run)

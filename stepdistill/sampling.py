@@ -54,7 +54,7 @@ def approach(
         if sampler == "tcd":
             x = tcd_step(denoiser, said, there.expand(len(x)), eta)
         else:
-            eps = said.eps if scaled else torch.randn_like(x)
+            eps = said.eps if scaled else denoiser.fresh_noise(x)
             x = add_noise(denoiser.schedule, said.x0, there.expand(len(x)), eps)
     return x
 
@@ -94,7 +94,7 @@ def tcd_step(denoiser: Denoiser, prediction: Prediction, t: Tensor, eta: float) 
     """
     s = _below(denoiser.schedule, t, eta)
     x_s = ddim_step(denoiser, prediction, s)
-    return x_s if eta == 0 else add_more_noise(denoiser.schedule, x_s, s, t, torch.randn_like(x_s))
+    return x_s if eta == 0 else add_more_noise(denoiser.schedule, x_s, s, t, denoiser.fresh_noise(x_s))
 
 
 def _below(schedule: NoiseSchedule, t: Tensor, eta: float) -> Tensor:

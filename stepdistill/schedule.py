@@ -269,6 +269,11 @@ def from_scheduler_config(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str
     return VPSchedule(DDPMScheduler(**betas).alphas_cumprod), kind
 
 
+def even_sigmas(steps: int) -> list[float]:
+    """What FluxPipeline gives its scheduler to shift: 1 to 1 / N in N even steps."""
+    return [1 - i / steps for i in range(steps)]
+
+
 def flow_schedule(config: Mapping[str, Any]) -> FlowSchedule | None:
     """The schedule that a Diffusers scheduler config names, if it is one of flow matching."""
     flow = str(config.get("_class_name", "")).startswith("FlowMatch")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.console import Display
 from stepdistill.errors import UserError
+from stepdistill.small_options import small_objective, small_pairs
 
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _small_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
-    small = {**stage, "steps": STEPS, "batch_size": min(BATCH, stage["batch_size"])}
+    small = {**stage, "objective": small_objective(stage["objective"]), "steps": STEPS,
+             "batch_size": min(BATCH, stage["batch_size"])}  # fmt: skip
     small["accumulate"] = min(2, stage["accumulate"])
     small["players"] = {role: {**p, "warmup_steps": min(1, p["warmup_steps"])} for role, p in stage["players"].items()}
     small["starts"] = {role: start if start in ("previous", "teacher") else "teacher"
@@ -113,9 +115,9 @@ def _small_data(recipe: Recipe, classes: bool, folder: Path) -> dict[str, Any]:
 
 def _small_pairs(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """How a few pairs are made; in place of stored ones, with all that an objective may want of the way."""
-    small = dict(options or {"states": "all", "predictions": True})
-    if small.get("states", "all") == "all":  # else the sampler has to visit the timesteps that are named
-        small["steps"] = PAIR_STEPS
+    given = dict(options or {"states": "all", "predictions": True, "steps": PAIR_STEPS})
+    # Named states need the steps that visit them, be it the default's.
+    small = small_pairs(given if given.get("states") else {"steps": PAIR_STEPS, **given})
     return {**small, "count": PAIRS, "size": None, "precision": "fp32"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -52,6 +52,44 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("teachers") / "sdxl"
     tiny_pipeline("sdxl").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PixArtAlphaPipeline with random weights; never written to."""
+    from stepdistill.families.tiny_pixart import tiny_pixart
+
+    return _saved(tiny_pixart(), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pixart_sigma_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PixArtSigmaPipeline with random weights; never written to."""
+    from stepdistill.families.tiny_pixart import tiny_pixart_sigma
+
+    return _saved(tiny_pixart_sigma(), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A FluxPipeline with random weights that is told a guidance scale; never written to."""
+    from stepdistill.families.tiny_flux import tiny_flux
+
+    return _saved(tiny_flux(), tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def sana_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SanaPipeline with random weights; never written to."""
+    from stepdistill.families.tiny_sana import tiny_sana
+
+    return _saved(tiny_sana(), tmp_path_factory)
+
+
+def _saved(pipeline: Any, factory: pytest.TempPathFactory) -> str:
+    folder = factory.mktemp("teachers") / type(pipeline).__name__
+    pipeline.save_pretrained(folder)
     return str(folder)
 
 

@@ -230,6 +230,8 @@ def conditions_facts(family: ModelFamily, prompts: PromptSet) -> dict[str, objec
         # Class labels: the encoding is a look-up in the teacher, cheap enough to be its own fingerprint.
         encoded = family.encode_prompts(prompts.prompts)
         parts["encoded"] = {name: _tensor_digest(tensor).hex() for name, tensor in encoded.tensors.items()}
+    if family.encoding_facts:
+        parts["encoding"] = family.encoding_facts
     for name, component in family.pipeline.components.items():
         if name.startswith("tokenizer") and component is not None:
             vocabulary = hashlib.sha256(json.dumps(sorted(component.get_vocab().items())).encode()).hexdigest()

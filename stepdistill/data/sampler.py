@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from math import log
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
+from stepdistill.schedule import FlowSchedule, even_sigmas
 
 
 if TYPE_CHECKING:
@@ -79,8 +81,8 @@ class StockSampler:
     ) -> None:
         self._denoiser, self._steps, self._guidance = denoiser, steps, guidance
         self._flow = denoiser.kind == "flow"
-        self._scheduler = _scheduler(name, config, FLOW_SAMPLERS if self._flow else SAMPLERS)
-        self._scheduler.set_timesteps(steps)
+        self._scheduler = _scheduler(name, config, denoiser)
+        self._set_timesteps(None)
         visited = self.timesteps
         self.kept = visited if keep == "all" else [_visited(timestep, visited) for timestep in keep]
 
@@ -108,7 +110,7 @@ class StockSampler:
             guidance: a scale for each row, (B,); None: the sampler's own.
         """
         scheduler, schedule = self._scheduler, self._denoiser.schedule
-        scheduler.set_timesteps(self._steps, device=noise.device)  # multi-step schedulers forget the batch before
+        self._set_timesteps(noise.device)  # multi-step schedulers forget the batch before
         # Flow-matching schedulers have neither an initial scale nor an input scale.
         x = noise if self._flow else noise * scheduler.init_noise_sigma
         scale = self._guidance if guidance is None else guidance
@@ -124,17 +126,32 @@ class StockSampler:
         kept = [torch.stack(list_, dim=1) if list_ else None for list_ in (states, predictions)]
         return Trajectory(x, *kept)
 
+    def _set_timesteps(self, device: torch.device | None) -> None:
+        """Spaces the steps as the stock pipeline of this architecture does."""
+        scheduler, schedule = self._scheduler, self._denoiser.schedule
+        options: dict[str, Any] = {}
+        if self._denoiser.even_sigmas:
+            options["sigmas"] = even_sigmas(self._steps)
+        if scheduler.config.get("use_dynamic_shifting") and isinstance(schedule, FlowSchedule):
+            options["mu"] = log(schedule.shift)
+        scheduler.set_timesteps(self._steps, device=device, **options)
 
-def _scheduler(name: str | SchedulerMixin, config: Mapping[str, Any], table: Mapping[str, str]) -> Any:
+
+def _scheduler(name: str | SchedulerMixin, config: Mapping[str, Any], denoiser: Denoiser) -> Any:
     import diffusers
 
     if not isinstance(name, str):
         return deepcopy(name)
+    flow = isinstance(denoiser.schedule, FlowSchedule)
+    table, choices = (FLOW_SAMPLERS if flow else SAMPLERS), dict(CHOICES)
+    if isinstance(denoiser.schedule, FlowSchedule):
+        # Other classes call the shift otherwise, and one that follows from the size of the image is settled by now.
+        choices |= {"shift": denoiser.schedule.shift, "use_dynamic_shifting": False}
     if name not in table:
         raise UserError(f"sampler: {name!r} does not fit this teacher; choose from {', '.join(table)}")
     kind = getattr(diffusers, table[name])
     accepted = inspect.signature(kind.__init__).parameters
-    return kind.from_config(config, **{key: value for key, value in CHOICES.items() if key in accepted})
+    return kind.from_config(config, **{key: value for key, value in choices.items() if key in accepted})
 
 
 def _visited(timestep: int, timesteps: Sequence[float]) -> float:

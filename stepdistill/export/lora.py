@@ -199,7 +199,7 @@ def export_lora(
             _save_kohya(layers, rank, new / KOHYA_FILE)
         if spec is not None:
             scheduler.save_pretrained(new / "scheduler")
-        write_facts(new, spec, type(pipeline), scheduler, {"rank": rank, **(facts or {})})
+        write_facts(new, spec, type(pipeline), scheduler, {"rank": rank, **(facts or {})}, even=family.even_sigmas)
     return folder
 
 

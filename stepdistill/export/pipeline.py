@@ -62,7 +62,7 @@ def export_pipeline(
     with atomic_folder(folder, marker="model_index.json") as new:
         pipeline.save_pretrained(new, safe_serialization=True)
         forget_origin(new)
-        write_facts(new, spec, type(pipeline), pipeline.scheduler, facts)
+        write_facts(new, spec, type(pipeline), pipeline.scheduler, facts, even=family.even_sigmas)
     return folder
 
 
@@ -97,6 +97,8 @@ def write_facts(
     pipeline_class: type[DiffusionPipeline],
     scheduler: SchedulerMixin,
     facts: Mapping[str, Any],
+    *,
+    even: bool = False,
 ) -> None:
     """Writes distillation_config.json: for tools and for people, ignored by Diffusers."""
     known: dict[str, Any] = {"toolkit": "stepdistill", "toolkit_version": toolkit_version()}
@@ -110,8 +112,8 @@ def write_facts(
         )
         if spec.sampler != OWN:  # whose steps are the caller's business
             known.update(
-                timesteps=told_timesteps(scheduler, spec),
-                sigmas=noise_levels(scheduler, spec),
+                timesteps=told_timesteps(scheduler, spec, even=even),
+                sigmas=noise_levels(scheduler, spec, even=even),
                 input_scale=input_scale(scheduler),
             )
         if spec.sampler == TCD:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepdistill.errors import UserError
-from stepdistill.schedule import FlowSchedule, flow_schedule
+from stepdistill.schedule import FlowSchedule, even_sigmas, flow_schedule
 from stepdistill.times import grid
 
 
@@ -52,10 +52,13 @@ def family_scheduler(family: ModelFamily, spec: InferenceSpec) -> SchedulerMixin
         )
     scheduler = family.pipeline.scheduler
     # A scheduler made in memory does not name its class in its configuration.
-    return student_scheduler({**scheduler.config, "_class_name": type(scheduler).__name__}, spec)
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    if isinstance(family.schedule, FlowSchedule):
+        config["shift"] = family.schedule.shift  # where it follows from the size of the images, it is settled by now
+    return student_scheduler(config, spec, even=family.even_sigmas)
 
 
-def student_scheduler(teacher_config: Mapping[str, Any], spec: InferenceSpec) -> SchedulerMixin:
+def student_scheduler(teacher_config: Mapping[str, Any], spec: InferenceSpec, *, even: bool = False) -> SchedulerMixin:
     """The stock scheduler whose own `set_timesteps(N)` gives exactly the student's timesteps and noise levels.
 
     On a table of betas, stochastic students (x0, then fresh noise) get an LCMScheduler, deterministic ones an
@@ -67,6 +70,7 @@ def student_scheduler(teacher_config: Mapping[str, Any], spec: InferenceSpec) ->
     Args:
         teacher_config: config of the teacher's Diffusers scheduler, with its `_class_name` if it is flow matching.
         spec: timesteps (falling), sampler.
+        even: see `ModelFamily.even_sigmas`.
 
     Returns:
         A scheduler that is fed unit-variance noise; the Euler scheduler is fed sigma * noise.
@@ -79,7 +83,7 @@ def student_scheduler(teacher_config: Mapping[str, Any], spec: InferenceSpec) ->
             f"sampler {spec.sampler!r} is unknown; the samplers are {STOCHASTIC}, {DETERMINISTIC} and {TCD}"
         )
     flow = flow_schedule(teacher_config)
-    return _table_scheduler(teacher_config, spec) if flow is None else _flow_scheduler(flow, spec)
+    return _table_scheduler(teacher_config, spec) if flow is None else _flow_scheduler(flow, spec, even=even)
 
 
 def input_scale(scheduler: SchedulerMixin) -> float:
@@ -92,18 +96,24 @@ def input_scale(scheduler: SchedulerMixin) -> float:
     return 1.0
 
 
-def told_timesteps(scheduler: Any, spec: InferenceSpec) -> list[float]:
-    """What the network is told at each step: the spec's indices; of a flow-matching student, 1000 sigma."""
+def told_timesteps(scheduler: Any, spec: InferenceSpec, *, even: bool = False) -> list[float]:
+    """What the network is told at each step: the spec's indices; of a flow-matching student, 1000 sigma.
+
+    Args:
+        scheduler: the student's.
+        spec: how it is called.
+        even: see `ModelFamily.even_sigmas`.
+    """
     if not _matches_flow(scheduler):
         return list(spec.timesteps)
-    visited: list[float] = _visited(scheduler, spec.num_steps).timesteps.tolist()
+    visited: list[float] = _visited(scheduler, spec.num_steps, even=even).timesteps.tolist()
     return visited
 
 
-def noise_levels(scheduler: Any, spec: InferenceSpec) -> list[float]:
+def noise_levels(scheduler: Any, spec: InferenceSpec, *, even: bool = False) -> list[float]:
     """Noise levels at the student's timesteps as other programs list a schedule: sigma/alpha; of a flow, sigma."""
     if _matches_flow(scheduler):
-        sigmas: list[float] = _visited(scheduler, spec.num_steps).sigmas[:-1].tolist()
+        sigmas: list[float] = _visited(scheduler, spec.num_steps, even=even).sigmas[:-1].tolist()
         return sigmas
     levels = [float(scheduler.alphas_cumprod[t]) for t in spec.timesteps]
     # Without any signal the ratio is infinite; Diffusers' Euler scheduler stands at the same 2**-24.
@@ -116,10 +126,10 @@ def _matches_flow(scheduler: SchedulerMixin) -> bool:
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler)
 
 
-def _visited(scheduler: Any, steps: int) -> Any:
-    """A copy after a plain call for `steps` steps."""
+def _visited(scheduler: Any, steps: int, *, even: bool = False) -> Any:
+    """A copy after a pipeline's call for `steps` steps; `even`: of one that gives its scheduler even sigmas."""
     probe = copy.deepcopy(scheduler)
-    probe.set_timesteps(steps)
+    probe.set_timesteps(steps, **({"sigmas": even_sigmas(steps)} if even else {}))
     return probe
 
 
@@ -290,7 +300,7 @@ def _no_encoding(timesteps: Sequence[int], possible: Sequence[float]) -> UserErr
 # ---- flow matching -----------------------------------------------------------------------------------------------
 
 
-def _flow_scheduler(schedule: FlowSchedule, spec: InferenceSpec) -> SchedulerMixin:
+def _flow_scheduler(schedule: FlowSchedule, spec: InferenceSpec, *, even: bool = False) -> SchedulerMixin:
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
     timesteps, total = [int(t) for t in spec.timesteps], schedule.num_train_timesteps
@@ -305,7 +315,7 @@ def _flow_scheduler(schedule: FlowSchedule, spec: InferenceSpec) -> SchedulerMix
         )
     fresh = spec.sampler == STOCHASTIC or (spec.sampler == TCD and spec.eta == 1)
     sigmas = schedule.sigma(grid(schedule, spec.timesteps, torch.device("cpu"))).tolist()
-    found = _shift_and_terminal(sigmas, schedule)
+    found = (schedule.shift, None) if even else _shift_and_terminal(sigmas, schedule)
     if found is None:
         raise _no_flow_encoding(timesteps, total)
     shift, terminal = found
@@ -313,7 +323,7 @@ def _flow_scheduler(schedule: FlowSchedule, spec: InferenceSpec) -> SchedulerMix
               "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
               "use_beta_sigmas": False}  # fmt: skip
     scheduler: Any = FlowMatchLCMScheduler(**common) if fresh else FlowMatchEulerDiscreteScheduler(**common)
-    visited = _visited(scheduler, len(sigmas)).sigmas[:-1].double()
+    visited = _visited(scheduler, len(sigmas), even=even).sigmas[:-1].double()
     # "not <=" so that a NaN fails as well.
     if not float((visited - torch.tensor(sigmas)).abs().max()) <= _SAME_SIGMA:
         raise _no_flow_encoding(timesteps, total)

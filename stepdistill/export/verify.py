@@ -41,6 +41,8 @@ else:
     call["class_labels"] = [int(p) if p.isdigit() else pipe.get_label_ids([p])[0] for p in job["prompts"]]
 if "eta" in accepted:
     call["eta"] = job["eta"]
+if job["size"] and "height" in accepted:
+    call["height"] = call["width"] = job["size"]
 if job["latents"]:
     call["latents"] = load_file(job["latents"])["latents"]
 torch.manual_seed(job["seed"])
@@ -58,11 +60,12 @@ class ImageRequest:
         prompts: B texts, or class names or numbers for a class-conditional pipeline.
         steps: of the scheduler.
         guidance_scale: 1 for a distilled student.
-        latents: (B, C, h, w) unit-variance starting noise. None lets the pipeline draw it first from the generator,
-            which is the only way for DiTPipeline.
+        latents: unit-variance starting noise as the pipeline takes it, (B, C, h, w) for most. None lets the pipeline
+            draw it first from the generator, which is the only way for DiTPipeline.
         seed: of the CPU generator that the pipeline is given, and of torch's own, from which DiTPipeline and
             flow-matching pipelines draw the noise between steps.
         eta: share of fresh noise between steps, for pipelines with such an argument and the sampler tcd.
+        size: side of the images in pixels; None: what the pipeline makes of itself.
     """
 
     prompts: Sequence[str]
@@ -71,6 +74,7 @@ class ImageRequest:
     latents: Tensor | None = None
     seed: int = 0
     eta: float = 0.0
+    size: int | None = None
 
 
 class ExportMismatchError(RuntimeError):
@@ -115,6 +119,7 @@ def verify_export(
             "latents": str(latents) if request.latents is not None else None,
             "seed": request.seed,
             "eta": request.eta,
+            "size": request.size,
             "output": str(place / "images.safetensors"),
         }
         if request.latents is not None:

@@ -17,6 +17,10 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionPipeline": "stepdistill.families.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "stepdistill.families.sdxl:StableDiffusionXL",
     "StableDiffusion3Pipeline": "stepdistill.families.sd3:StableDiffusion3",
+    "PixArtAlphaPipeline": "stepdistill.families.pixart:PixArt",
+    "PixArtSigmaPipeline": "stepdistill.families.pixart:PixArtSigma",
+    "FluxPipeline": "stepdistill.families.flux:Flux",
+    "SanaPipeline": "stepdistill.families.sana:Sana",
     "DiTPipeline": "stepdistill.families.dit:DiT",
 }
 

@@ -41,6 +41,9 @@ class ModelFamily(ABC):
         takes_latents: whether the stock pipeline has a `latents` argument.
         scales_noise: whether the stock pipeline multiplies its noise by what the scheduler asks for.
         takes_eta: whether the stock pipeline has an argument `eta` and hands it to its scheduler.
+        even_sigmas: whether the stock pipeline gives its flow scheduler N even sigmas, 1 to 1/N, to shift; others let
+            the scheduler choose.
+        shifts_by_size: whether the family knows how its flow's shift follows from the size of an image.
         guidance_weight: the parameter of a network that takes a guidance scale as an input and of no other; None: the
             architecture has no such input.
         block_pattern: names of the modules whose outputs are those of the network's blocks, a regular expression.
@@ -56,11 +59,16 @@ class ModelFamily(ABC):
     takes_latents: ClassVar[bool] = True
     scales_noise: ClassVar[bool] = True
     takes_eta: ClassVar[bool] = True
+    even_sigmas: ClassVar[bool] = False
+    shifts_by_size: ClassVar[bool] = False
     guidance_weight: ClassVar[str | None] = None
     block_pattern: ClassVar[str] = r"transformer_blocks\.\d+"
     attention_pattern: ClassVar[str] = r".*\.attn1"
 
     def __init__(self, pipeline: Any, path: str, *, stored: bool = True) -> None:
+        if pipeline.scheduler.config.get("use_dynamic_shifting") and not self.shifts_by_size:
+            raise UserError(f"teacher: {path} shifts its noise levels by the size of the image, which is supported "
+                            "for FLUX alone; give its scheduler use_dynamic_shifting: false and a shift")  # fmt: skip
         self.pipeline = pipeline
         self.path = path
         self.stored = stored
@@ -110,6 +118,13 @@ class ModelFamily(ABC):
             fresh.to(dtype)
         return fresh.to(self.device).requires_grad_(False).eval()
 
+    def at_size(self, size: int | None) -> None:
+        """Hears the size of the images of a run, in pixels, before anything else; None: the teacher's own.
+
+        For families whose noise levels follow from it.
+        """
+        return
+
     def plan(self, shape: NetworkShape | None) -> Plan:
         """A network of another shape in terms of the teacher's; for None, the teacher's own.
 
@@ -150,6 +165,15 @@ class ModelFamily(ABC):
         """
         raise UserError(f"the network of {self.pipeline_class} cannot take a guidance scale as an input; set the "
                         "objective's embed_guidance: false, which trains for one scale")  # fmt: skip
+
+    @property
+    def encoding_facts(self) -> dict[str, Any]:
+        """What determines `encode_prompts` besides the weights of `text_modules` and the tokenizers, for caches."""
+        return {}
+
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) in the form that the stock pipeline's argument `latents` has."""
+        return latents
 
     def latent_shape(self, size: int | None = None) -> tuple[int, int, int]:
         """(C, H, W) of the latent for square images of `size` pixels; None: the teacher's own size."""

@@ -61,4 +61,5 @@ class StableDiffusion3(ModelFamily):
 
     def text_modules(self) -> dict[str, nn.Module]:
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        return {name: self.pipeline.components[name] for name in names}
+        # Many leave T5 out to save memory; the pipeline then puts zeros where its tokens would be.
+        return {name: module for name in names if (module := self.pipeline.components[name]) is not None}

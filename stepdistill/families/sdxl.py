@@ -12,6 +12,7 @@ from stepdistill.condition import Condition
 from stepdistill.families.base import ModelFamily
 from stepdistill.families.sd import GUIDANCE_CHANNELS, GUIDANCE_WEIGHT, UNET_LORA_TARGETS, embedded_guidance
 from stepdistill.families.smaller import Plan, unet_plan
+from stepdistill.framing import Framing
 from stepdistill.network_shape import NetworkShape
 
 
@@ -48,6 +49,11 @@ class StableDiffusionXL(ModelFamily):
         """Latents (B, C, H, W) => (B, 6): original size, crop, target size of whole images, in pixels."""
         size = [side * self.vae_factor for side in x_t.shape[2:]]
         return torch.tensor([*size, 0, 0, *size], dtype=x_t.dtype, device=x_t.device).expand(len(x_t), -1)
+
+    def framed(self, condition: Condition, framings: Sequence[Framing]) -> Condition:
+        rows = [[*framing.original, *framing.crop, *framing.target] for framing in framings]
+        ids = torch.tensor(rows, dtype=torch.float32, device=self.device)
+        return Condition({**condition.tensors, "time_ids": ids})
 
     def smaller(self, shape: NetworkShape) -> Plan:
         return unet_plan(self.network_config, shape)

@@ -26,6 +26,10 @@ TINY_PIPELINES: dict[str, str] = {
     "sdxl": "stepdistill.families.tiny:tiny_sdxl",
     "sd3": "stepdistill.families.tiny:tiny_sd3",
     "dit": "stepdistill.families.tiny:tiny_dit",
+    "pixart": "stepdistill.families.tiny_pixart:tiny_pixart",
+    "pixart_sigma": "stepdistill.families.tiny_pixart:tiny_pixart_sigma",
+    "flux": "stepdistill.families.tiny_flux:tiny_flux",
+    "sana": "stepdistill.families.tiny_sana:tiny_sana",
 }
 
 SEED = 0

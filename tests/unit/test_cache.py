@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ class Family:
     """Encodes a prompt as its letters' embeddings; counts what it is asked for."""
 
     name = "fake"
+    encoding_facts: ClassVar[dict[str, str]] = {}
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)

@@ -43,7 +43,15 @@ TESTED_CELLS = [
     ("sdxl", "dmd2", {"timesteps": [999, 749, 499, 249]}),
     ("dit", "denoising", {}), ("dit", "vsd", {}), ("dit", "dmd2", {}),
     ("dit", "dmd2", {"timesteps": [999, 749, 499, 249]}),
+    ("pixart", "denoising", {}), ("pixart", "vsd", {}), ("pixart", "dmd2", {}),
+    ("pixart", "dmd2", {"timesteps": [999, 749, 499, 249]}),
+    ("pixart_sigma", "dmd2", {}),
+    ("flux", "denoising", {}), ("flux", "vsd", {}), ("flux", "dmd2", {}),
+    ("flux", "dmd2", {"timesteps": [999, 749, 499, 249]}),
+    ("sana", "denoising", {}), ("sana", "vsd", {}), ("sana", "dmd2", {}),
+    ("sana", "dmd2", {"timesteps": [999, 749, 499, 249]}),
 ]  # fmt: skip
+SIZES = {"pixart": 64, "pixart_sigma": 64, "sana": 64}  # pixels; that of others is 16
 
 
 def blocks(language: str) -> Iterator[tuple[str, str]]:
@@ -214,12 +222,13 @@ def test_a_family_trains_with_an_objective(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("1\n3\n")  # texts to the one, class numbers to the other
     (tmp_path / "images").mkdir()
-    Image.new("RGB", (16, 16), (200, 40, 40)).save(tmp_path / "images" / "a.png")
+    size = SIZES.get(family, 16)
+    Image.new("RGB", (size, size), (200, 40, 40)).save(tmp_path / "images" / "a.png")
     (tmp_path / "images" / "a.txt").write_text("3")
     content = {
         "name": "tiny", "output": str(tmp_path / "run"), "device": "cpu",
         "teacher": request.getfixturevalue(f"{family}_folder"),
-        "data": {"prompts": str(tmp_path / "prompts.txt"), "images": str(tmp_path / "images"), "size": 16},
+        "data": {"prompts": str(tmp_path / "prompts.txt"), "images": str(tmp_path / "images"), "size": size},
         "stages": [{"objective": {"name": objective, **options}, "steps": 1, "batch_size": 2}],
         "previews": None, "health": {"prompts": 1, "teacher_steps": 2},
         "export": {"pipeline": False, "lora": False},

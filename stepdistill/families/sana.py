@@ -1,0 +1,84 @@
+"""Sana (arXiv 2410.10629): a flow-matching transformer with linear attention on latents of 32 times fewer pixels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.condition import Condition
+from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
+
+
+class Sana(ModelFamily):
+    """`SanaPipeline` with Gemma's tokens and the autoencoder DC-AE.
+
+    Prompts come behind the pipeline's instruction to its language model; the null condition, an empty negative prompt,
+    comes without it.
+    """
+
+    name = "sana"
+    pipeline_class = "SanaPipeline"
+    network_component = "transformer"
+    scales_noise = False
+    # Convolutions of one pixel are the outer layers of the feed-forward part; the one between them is depthwise.
+    lora_targets = (*ATTENTION_TARGETS, "conv_inverted", "conv_point", "time_embed.linear", "proj_out")
+
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return (f"transformer_blocks.{int(self.network_config.num_layers) // 2}",)
+
+    @property
+    def vae_factor(self) -> int:
+        return int(2 ** (len(self.pipeline.vae.config.encoder_block_out_channels) - 1))
+
+    def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = network(
+            x_t, encoder_hidden_states=condition.tensors["prompt_embeds"],
+            encoder_attention_mask=condition.tensors["prompt_attention_mask"],
+            timestep=model_time * self.network_config.timestep_scale, return_dict=False,
+        )[0]  # fmt: skip
+        return output[:, : x_t.shape[1]]  # some configurations learn a variance beside the flow
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        tokens, mask, _, _ = self.pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, device=self.device,
+            complex_human_instruction=self._instruction,
+        )  # fmt: skip
+        return Condition({"prompt_embeds": tokens, "prompt_attention_mask": mask})
+
+    @torch.no_grad()
+    def null_condition(self, count: int) -> Condition:
+        # The pipeline encodes negative prompts otherwise than prompts, so that it has to be asked for one.
+        _, _, tokens, mask = self.pipeline.encode_prompt("", do_classifier_free_guidance=True, device=self.device)
+        return Condition({"prompt_embeds": tokens.expand(count, -1, -1),
+                          "prompt_attention_mask": mask.expand(count, -1)})  # fmt: skip
+
+    def text_modules(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self.pipeline.text_encoder}
+
+    @property
+    def encoding_facts(self) -> dict[str, Any]:
+        return {"instruction": self._instruction}
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] => scaled latents; DC-AE has no posterior to draw from."""
+        return self.image_moments(images)[0]
+
+    @torch.no_grad()
+    def image_moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [-1, 1] => scaled latents and zeros, (B, C, h, w) each."""
+        vae = self.pipeline.vae
+        latents: Tensor = vae.encode(images.to(self.device, vae.dtype)).latent * vae.config.scaling_factor
+        return latents, torch.zeros_like(latents)
+
+    @property
+    def _instruction(self) -> list[str]:
+        """What the stock pipeline's call puts before a prompt unless it is told otherwise."""
+        default = inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
+        return list(default)
