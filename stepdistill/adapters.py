@@ -27,6 +27,7 @@ from stepdistill.seeds import seed_of
 
 # In a forward pass => a context in which that pass's layers can be computed once more.
 Capture = Callable[[], Callable[[], AbstractContextManager[None]]]
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class SharedNetwork:
         self._layers: list[BaseTunerLayer] = []
         self._route: str | None = None
         self._captures: list[Capture] = []
+        self._checkpointing = False
 
     def add(self, name: str, settings: LoraSettings, seed: int = 0) -> None:
         """Adds a LoRA that changes nothing yet (B = 0); its A is a function of seed and name on every process.
@@ -69,6 +71,9 @@ class SharedNetwork:
             raise UserError(f"role {name!r}: no layer of {network} ends in any of the LoRA targets "
                             f"{', '.join(settings.targets)}; set weights.lora.targets") from error  # fmt: skip
         self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        for key, module in self.network.named_modules():
+            if ".lora_" in key and key.endswith(f".{name}") and any(p.dtype in HALF for p in module.parameters()):
+                module.float()  # peft takes the base's type, in which small updates would be lost
         # peft leaves the newest adapter active and trainable; here nothing is, until somebody says so.
         for parameter in self.parameters(name).values():
             parameter.requires_grad_(False)
@@ -82,6 +87,11 @@ class SharedNetwork:
             if mark and rest.split(".")[1] == name:
                 found[f"{layer}{mark}{rest.replace(f'.{name}.', '.')}"] = parameter
         return found
+
+    @property
+    def route(self) -> str | None:
+        """The adapter that the network computes with at the moment, or None for the bare base."""
+        return self._route
 
     @contextmanager
     def routed(self, name: str | None) -> Iterator[None]:
@@ -118,6 +128,20 @@ class SharedNetwork:
 
         network: Any = self.network
         network.enable_gradient_checkpointing(gradient_checkpointing_func=replaying)
+        self._checkpointing = True
+
+    def remove_all(self) -> None:
+        """Takes all adapters off: the network's modules then are those that it was loaded with."""
+        for name, layer in list(self.network.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                parent, _, attribute = name.rpartition(".")
+                setattr(self.network.get_submodule(parent), attribute, layer.get_base_layer())
+        network: Any = self.network
+        if self._layers:
+            del network.peft_config  # peft's record of what was added
+        if self._checkpointing:
+            network.disable_gradient_checkpointing()
+        self._layers, self._route, self._checkpointing = [], None, False
 
     def plain_state(self, name: str | None) -> dict[str, Tensor]:
         """The state of a plain network with the adapter folded in (None: the base), under the original names."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stepdistill.adapters import LoraSettings, SharedNetwork, copy_into
+from stepdistill.adapters import HALF, LoraSettings, SharedNetwork, copy_into
 from stepdistill.condition import Condition
 from stepdistill.denoiser import AdapterWeights, Denoiser, OwnWeights, Weights, only_trainable
 from stepdistill.errors import UserError
@@ -130,6 +130,15 @@ class Cast:
             return Denoiser(weights.told(family.forward), weights, family.schedule, family.kind)
         return family.denoiser(weights)
 
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network once, by role; "teacher" is the one that frozen roles and LoRAs share."""
+        own = {name: w.network for name, w in self._weights.items() if w.network is not self.shared.network}
+        return {"teacher": self.shared.network, **own}
+
+    def heads(self) -> list[DenoiserHead]:
+        """All heads."""
+        return list(self._heads.values())
+
     def head(self, role: str) -> DenoiserHead:
         """A head, together with the layers whose features it takes."""
         return self._heads[self._name(role)]
@@ -227,9 +236,7 @@ class Cast:
         for weights in self._weights.values():
             if isinstance(weights, BesideWeights):
                 weights.attached.remove()
-        if self.lora:
-            plain = self._copy_of_teacher()
-            self.family.pipeline.register_modules(**{self.family.network_component: plain})
+        self.shared.remove_all()
 
     def _name(self, role: str) -> str:
         """The role that is meant by a name in this view of the cast; see `renamed`."""
@@ -267,6 +274,8 @@ class Cast:
             network.load_state_dict(plain)
         else:
             self.family.plan(shape).fill(network, plain)
+        if role is not None and next(network.parameters()).dtype in HALF:
+            network.float()  # what is trained or averaged needs more digits than what is only computed with
         return network
 
     def _silent_guidance(self, network: nn.Module) -> dict[str, Tensor]:

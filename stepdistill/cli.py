@@ -21,6 +21,7 @@ from stepdistill.cli_models import facts_of as _facts
 from stepdistill.cli_models import model_under_test as _model_under_test
 from stepdistill.cli_models import parse_model as _parse_model
 from stepdistill.cli_reports import compare, inspect
+from stepdistill.cli_resources import doctor, plan
 from stepdistill.errors import UserError
 from stepdistill.terminal import device_of as _device
 from stepdistill.terminal import hide_loading_bars as _hide_loading_bars
@@ -210,6 +211,8 @@ def export(
 
 app.add_typer(bench_app)
 app.add_typer(data_app)
+app.command()(plan)
+app.command()(doctor)
 app.command()(compare)
 app.command()(inspect)
 

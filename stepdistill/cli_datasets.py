@@ -84,7 +84,8 @@ def cache(
     folder = output or Path(recipe.data.cache_folder or CACHE_FOLDER)
     display = Display(None if quiet else open_console())
     display.say(f"loading {recipe.teacher}")
-    family = load_family(recipe.teacher, device=device_of(device or recipe.device))
+    family = load_family(recipe.teacher, device=device_of(device or recipe.device), **recipe.teacher_options())
+    family.at_size(recipe.data.size)
     try:
         prepare(recipe, objectives, family, folder, display)
     except KeyboardInterrupt:
@@ -136,7 +137,7 @@ def _check_recipe(recipe: Recipe, pixels: bool) -> Iterator[Checked]:
         from stepdistill.families import load_family
 
         hide_loading_bars()
-        family = load_family(recipe.teacher)
+        family = load_family(recipe.teacher, **recipe.teacher_options())
         size, factor = size or family.image_size, family.vae_factor
     buckets = () if data.buckets is None else parse_buckets(data.buckets, size, factor)
     yield check_images(data.images, size, buckets=buckets, count=data.count, pixels=pixels)

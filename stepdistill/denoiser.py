@@ -277,12 +277,25 @@ class _LastLayerError(Exception):
 def _hooked(network: nn.Module, name: str, hook: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
     try:
         handle = network.get_submodule(name).register_forward_hook(hook)
+        uncompile(network, name)
     except AttributeError as error:
         raise UserError(f"{type(network).__name__} has no module {name!r}; see its named_modules()") from error
     try:
         yield
     finally:
         handle.remove()
+
+
+def uncompile(network: nn.Module, name: str) -> None:
+    """Has a module, and whatever it is a part of, run as Python from now on: compiled code calls no later hooks.
+
+    For good, since activation checkpointing may compute it once more after the hook is gone, and must do the same.
+    """
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        module = network.get_submodule(".".join(parts[:length]))
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None
 
 
 def split(prediction: Prediction, at: int) -> tuple[Prediction, Prediction]:

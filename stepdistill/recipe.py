@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -33,6 +34,7 @@ from stepdistill.errors import UserError
 from stepdistill.network_shape import NetworkShape
 from stepdistill.options import build_named, options_of, plain_options
 from stepdistill.recipe_text import apply_override, dump_yaml, explain, nearest, parse_yaml, to_json
+from stepdistill.resources.config import Attention, MemoryConfig
 
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ Schedule = Literal[
 ]  # fmt: skip
 
 
+EXTRAS = ("bitsandbytes", "torchao", "xformers")  # optional packages that a recipe may ask for
 NOT_COMPUTED = ("output", "device", "health")  # keys that change nothing about the weights
 DATA_NOT_COMPUTED = ("cache_folder", "workers")  # of the data section
 
@@ -299,6 +302,8 @@ class Recipe(Section):
     teacher_loras: tuple[TeacherLora, ...] = ()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Attention = "auto"
+    memory: MemoryConfig = MemoryConfig()
     data: DataConfig
     multi_student: MultiStudentConfig | None = None
     student: StudentConfig = StudentConfig()
@@ -383,7 +388,9 @@ class Recipe(Section):
                    (content["data"], "make_pairs", self.data.make_pairs),
                    (content["data"], "buckets", self.data.buckets),
                    (content, "teacher_config", self.teacher_config), (content, "teacher_loras", self.teacher_loras),
-                   (content["export"], "lora_format", self.export.lora_format != "diffusers")]  # fmt: skip
+                   (content["export"], "lora_format", self.export.lora_format != "diffusers"),
+                   (content, "attention", self.attention != "auto"),
+                   (content, "memory", self.memory != MemoryConfig())]  # fmt: skip
         for section, key, value in younger:
             if not value:
                 del section[key]
@@ -422,6 +429,12 @@ def build_objective(config: ObjectiveConfig, where: str) -> Objective:
     return build_named(config.name, config.options, where)
 
 
+def check_extra(package: str, what: str) -> None:
+    """Raises UserError, with the extra to install, for an optional package of ours that is not there."""
+    if package in EXTRAS and importlib.util.find_spec(package) is None:
+        raise UserError(f"{what}: needs {package}, which is not installed; pip install 'stepdistill[{package}]'")
+
+
 def optimizer_class(config: OptimizerConfig, where: str) -> type[Any]:
     """The optimiser that a recipe names, a class of torch.optim or a dotted path; checks the options' names."""
     module, _, name = config.name.rpartition(".")
@@ -429,6 +442,7 @@ def optimizer_class(config: OptimizerConfig, where: str) -> type[Any]:
         kind: type[Any] = getattr(importlib.import_module(module or "torch.optim"), name)
     except (ImportError, AttributeError):
         kind = type(None)
+        check_extra(module.partition(".")[0], f"{where}.name: {config.name}")
     optim = importlib.import_module("torch.optim")
     if not (isinstance(kind, type) and issubclass(kind, optim.Optimizer)):
         known = [word for word in vars(optim) if word[0].isupper()]

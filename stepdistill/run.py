@@ -90,6 +90,7 @@ class _Run:
         from stepdistill.families import load_family
         from stepdistill.multi_student import open_part
         from stepdistill.recipe import build_objective
+        from stepdistill.resources.apply import check_options, loading_types, prepare_teacher
 
         self.recipe, self.folder, self.display = recipe, folder, display
         self.objectives: list[Objective] = [
@@ -102,13 +103,16 @@ class _Run:
             raise UserError(
                 f"{recipe.where('device')}: cuda was asked for, but torch sees no such device; use auto or cpu"
             )
+        check_options(recipe)
         precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
         self.accelerator: Accelerator = Accelerator(mixed_precision=precision, cpu=recipe.device == "cpu")
         display.say(f"loading {recipe.teacher}")
         self.family: ModelFamily = load_family(
-            recipe.teacher, device=str(self.accelerator.device), **recipe.teacher_options()
-        )
+            recipe.teacher, dtype=loading_types(recipe.memory), device=str(self.accelerator.device),
+            **recipe.teacher_options(),
+        )  # fmt: skip
         self.family.at_size(recipe.data.size)
+        prepare_teacher(self.family, recipe.memory)
         self.batches: Batches | None = None
         self._check_export()
         self.part = open_part(recipe, self.family, folder, shared)
@@ -132,7 +136,20 @@ class _Run:
                 self.folder.save_roles(index, starts)
         if not self.accelerator.is_main_process:
             return RunResult(self.folder.path, None, None, None)
+        self._load_plainly()
         return finish(self.recipe, self.family, starts, self.objectives[-1].inference(), self.folder, self.display)
+
+    def _load_plainly(self) -> None:
+        """Exports are made from the teacher's own weights, and not from how they were kept to save memory."""
+        from stepdistill.families import load_family
+        from stepdistill.resources.config import MemoryConfig
+
+        if self.recipe.memory != MemoryConfig():
+            self.batches = None  # holds the former teacher
+            device = str(self.family.device)
+            del self.family
+            self.family = load_family(self.recipe.teacher, device=device, **self.recipe.teacher_options())
+            self.family.at_size(self.recipe.data.size)
 
     def _check_export(self) -> None:
         """Raises UserError now, and not after the training, if the student cannot be trained or exported as asked."""
@@ -140,12 +157,14 @@ class _Run:
         from stepdistill.export.lora import check_format
         from stepdistill.export.schedulers import family_scheduler
         from stepdistill.guidance.wiring import wiring_of
+        from stepdistill.resources.apply import check_roles
         from stepdistill.small_students import shaped_roles
         from stepdistill.times import check_timesteps
 
         for stage, objective in zip(self.recipe.stages, self.objectives, strict=True):
             roles = shaped_roles(objective, self.recipe.student.shape)
             lora = lora_settings(stage, objective, self.family)
+            check_roles(roles, lora, self.recipe.memory, self.recipe.where("memory.base"))
             roles_with_guidance(self.family, roles, lora)
             shapes_of_roles(self.family, roles, lora)
             if adapter_roles(roles, lora):
@@ -160,13 +179,16 @@ class _Run:
             check_format(self.family, wanted.lora_format)
 
     def _play_stage(self, index: int, starts: Mapping[str, RoleState]) -> dict[str, RoleState]:
+        from stepdistill.resources.apply import settings_of
+
         trainer, cast = self._build_stage(index, starts)
         roles, state = self.folder.newest_checkpoint(stage=index)
         if state is not None:
             trainer.resume(roles, state)
             self.display.say(f"going on from step {trainer.step} of stage {index + 1}")
         self.folder.truncate_log(index, trainer.step)
-        with self.display.training(f"stage {index + 1}: {self.recipe.stages[index].objective.name}"):
+        title = f"stage {index + 1}: {self.recipe.stages[index].objective.name}"
+        with self.display.training(title), settings_of(self.recipe):
             trainer.run()
         result = {}
         for name, player in trainer.players.items():
@@ -177,6 +199,8 @@ class _Run:
 
     def _build_stage(self, index: int, starts: Mapping[str, RoleState]) -> tuple[Trainer, Cast]:
         from stepdistill.cast import Cast
+        from stepdistill.resources.apply import prepare_cast
+        from stepdistill.resources.offload import offload_states
         from stepdistill.small_students import shaped_roles
         from stepdistill.trainer import Trainer, TrainerSettings
         from stepdistill.watching import open_monitor
@@ -188,7 +212,13 @@ class _Run:
             checkpointing=stage.checkpointing, seed=recipe.seed, size=recipe.data.size,
         )  # fmt: skip
         self.display.roles(cast.summary())
+        seen = prepare_cast(cast, recipe)
+        if seen:
+            self.display.say(f"attention: {', '.join(f'{kind} in {count} layers' for kind, count in seen.items())}")
         players = {name: build_player(name, cast, stage, objective, self.accelerator) for name in cast.trained}
+        if recipe.memory.offload_optimizer:
+            for player in players.values():
+                offload_states(player.optimizer)
         assert self.batches is not None, "opened before the first stage"
         settings = TrainerSettings(
             steps=stage.steps, batch_size=stage.batch_size, accumulate=stage.accumulate, seed=recipe.seed,

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Everything that pays most on an accelerator, in one go: make the bundled networks, measure their gates, run the recipes.
 #
-#     benchmarks/gpu/run.sh OUTPUT [part ...]        parts: assets teacher flow gates recipes overhead (default: all)
+#     benchmarks/gpu/run.sh OUTPUT [part ...]        parts: assets teacher flow gates recipes overhead memory
+#                                                    kernels stability compile (default: all)
+#
+# The last four are the checks of real sizes, bounded to less than nine minutes in all.
 #
 # A part that fails or runs out of time leaves the others alone. Checkpoints lie under runs/, so the same command goes on.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 output=${1:?"where results go"}
 shift
-parts=${*:-assets teacher flow gates recipes overhead}
+parts=${*:-assets teacher flow gates recipes overhead memory kernels stability compile}
 limit=${PART_SECONDS:-500} # of each step
 mkdir -p "$output"
 export PYTHONPATH=. PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -59,6 +62,19 @@ for name in $parts; do
       for kind in "" "--lora"; do
         part "overhead$kind" python benchmarks/overhead.py --device cuda $kind --output "$output/overhead.json"
       done
+      ;;
+    memory)
+      part memory python benchmarks/gpu/memory.py "$output/memory" --cases sdxl_lora sd15_lora sd15_full --seconds 100
+      ;;
+    kernels)
+      part kernels python benchmarks/gpu/memory.py "$output/kernels" --cases attention --seconds 40
+      ;;
+    stability)
+      part stability python benchmarks/gpu/memory.py "$output/stability" --cases stability --seconds 80
+      ;;
+    compile)
+      # Beside the same case without compilation in part memory.
+      part compile python benchmarks/gpu/memory.py "$output/compile" --cases sd15_compile --seconds 100
       ;;
     *) echo "unknown part $name" | tee -a "$summary" ;;
   esac

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    import torch
-
     from stepdistill.families.base import ModelFamily
 
 # pipeline class => where its family lives; an explicit table, so that nothing registers itself at import
@@ -28,7 +26,7 @@ FAMILIES: dict[str, str] = {
 def load_family(
     path: str,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Any = None,
     device: str = "cpu",
     config: str | None = None,
     loras: Sequence[tuple[str, float]] = (),
@@ -38,7 +36,7 @@ def load_family(
     Args:
         path: a Diffusers folder, a hub id, one .safetensors file of all components, or "tiny:" and a family's name: a
             tiny network of random weights, made in memory.
-        dtype: of all weights; default float32.
+        dtype: of all weights, or a mapping of components to types as Diffusers takes it; default float32.
         device: torch device.
         config: of a single file: the Diffusers folder or hub id that says how it is built.
         loras: (path, scale) of LoRAs to merge.
@@ -55,6 +53,12 @@ def load_family(
     pipeline = load_pipeline(path, FAMILIES, dtype=dtype or torch.float32, config=config)
     merge_loras(pipeline, loras)
     pipeline.set_progress_bar_config(disable=True)
-    module, _, attribute = FAMILIES[type(pipeline).__name__].partition(":")
-    kind: type[ModelFamily] = getattr(import_module(module), attribute)
+    kind = family_class(type(pipeline).__name__)
     return kind(pipeline.to(device), path, stored=is_stored(path) and not loras)
+
+
+def family_class(name: str) -> type[ModelFamily]:
+    """The family that serves a pipeline class."""
+    module, _, attribute = FAMILIES[name].partition(":")
+    found: type[ModelFamily] = getattr(import_module(module), attribute)
+    return found

@@ -34,30 +34,26 @@ def is_stored(path: str) -> bool:
 
 
 def load_pipeline(
-    path: str, supported: Collection[str], *, dtype: torch.dtype, config: str | None = None
+    path: str, supported: Collection[str], *, dtype: Any, config: str | None = None
 ) -> DiffusionPipeline:
     """The stock pipeline that a path means, float32 or as asked, on the CPU.
 
     Args:
         path: a Diffusers folder, a hub id, one .safetensors file of all components, or "tiny:" and a family.
         supported: classes of pipelines that may be loaded.
-        dtype: of all weights.
+        dtype: of all weights, or a mapping of components to types, "default" for those that it does not name.
         config: of a single file: the Diffusers folder or hub id that says how it is built; see `_from_single_file`.
 
     Raises:
         UserError: it is none of these, incomplete, of another class, or a pickle.
     """
-    import torch
-
     if path.startswith(TINY):
         from stepdistill.families.tiny import tiny_pipeline
 
-        pipeline = tiny_pipeline(path.removeprefix(TINY))
-        # Diffusers warns about every cast, also about one that changes nothing.
-        return pipeline if dtype == torch.float32 else pipeline.to(dtype)
+        return _as_types(tiny_pipeline(path.removeprefix(TINY)), dtype)
     path = resolve_model_path(path)
     if not is_stored(path):
-        return _from_single_file(Path(path), config, supported, dtype)
+        return _as_types(_from_single_file(Path(path), config, supported), dtype)
     if config is not None:
         raise UserError(f"teacher_config: {config} is of no use, since the teacher {path} is no single file and has a "
                         "configuration of its own; leave it out")  # fmt: skip
@@ -67,6 +63,19 @@ def load_pipeline(
     except (OSError, ValueError) as error:
         raise UserError(f"teacher: {path} could not be loaded: {first_line(error)}") from error
     return loaded
+
+
+def _as_types(pipeline: DiffusionPipeline, dtype: Any) -> DiffusionPipeline:
+    """Casts what is loaded, as `from_pretrained` would have loaded it."""
+    import torch
+
+    types = dtype if isinstance(dtype, Mapping) else {"default": dtype}
+    for name, component in pipeline.components.items():
+        wanted = types.get(name, types.get("default", torch.float32))
+        # Diffusers warns about every cast, also about one that changes nothing.
+        if isinstance(component, torch.nn.Module) and component.dtype != wanted:
+            component.to(wanted)
+    return pipeline
 
 
 def _pipeline_class(path: str, supported: Collection[str]) -> Any:
@@ -86,13 +95,14 @@ def _left_out(kind: Any) -> dict[str, None]:
 
 
 def _from_single_file(
-    file: Path, config: str | None, supported: Collection[str], dtype: torch.dtype
+    file: Path, config: str | None, supported: Collection[str]
 ) -> DiffusionPipeline:
-    """All components out of one file, with Diffusers' own conversion of the original names.
+    """All components out of one file, float32, with Diffusers' own conversion of the original names.
 
     Such a file holds weights alone. How the networks are built, the tokenizers and the scheduler, hence also what the
     network predicts, come from `config`; components that the file lacks are read there too, if it has weights.
     """
+    import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     if file.suffix != SINGLE_FILE:
@@ -103,8 +113,8 @@ def _from_single_file(
     kind = _pipeline_class(folder, supported)
     try:
         loaded: DiffusionPipeline = kind.from_single_file(
-            str(file), config=folder, local_files_only=True, dtype=dtype, **_left_out(kind),
-            **_absent_encoders(shapes, Path(folder), dtype),
+            str(file), config=folder, local_files_only=True, dtype=torch.float32, **_left_out(kind),
+            **_absent_encoders(shapes, Path(folder), torch.float32),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
         # Networks are built without memory for weights; what the file did not fill cannot be moved anywhere.

@@ -1,0 +1,198 @@
+"""The memory options of a recipe at work: how a teacher is loaded, and what is done to the networks of a stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from stepdistill.denoiser import uncompile
+from stepdistill.errors import UserError
+from stepdistill.guidance.attached import adapters_of
+from stepdistill.objectives.base import Role, Trained
+from stepdistill.resources.attention import chosen_attention, probe, usable_xformers, use_xformers
+
+
+if TYPE_CHECKING:
+    from stepdistill.adapters import LoraSettings
+    from stepdistill.cast import Cast
+    from stepdistill.families.base import ModelFamily
+    from stepdistill.recipe import Recipe
+    from stepdistill.resources.config import MemoryConfig
+
+BASE_TYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    # What the layers that are not quantised are kept in, and what the others compute in.
+    "int8": torch.bfloat16,
+    "nf4": torch.bfloat16,
+}
+BLOCKS = re.compile(r"(.*\.)?transformer_blocks\.\d+")
+
+
+def loading_types(memory: MemoryConfig) -> Any:
+    """What a pipeline's `from_pretrained` is told about types: the autoencoder stays float32, where fp16 overflows."""
+    dtype = BASE_TYPES[memory.base]
+    return dtype if dtype == torch.float32 else {"default": dtype, "vae": torch.float32}
+
+
+def check_options(recipe: Recipe) -> None:
+    """Raises UserError for options that contradict each other or need a package that is not there; loads nothing."""
+    from stepdistill.recipe import check_extra
+
+    memory, where = recipe.memory, recipe.where("memory")
+    package = {"int8": "torchao", "nf4": "bitsandbytes"}.get(memory.base)
+    if package is not None:
+        check_extra(package, f"{where}.base: {memory.base}")
+    if recipe.attention == "xformers":
+        check_extra("xformers", recipe.where("attention: xformers"))
+
+
+def prepare_teacher(family: ModelFamily, memory: MemoryConfig) -> None:
+    """What is done to a loaded teacher before there are roles: quantising, and where its encoders live."""
+    if memory.quantised:
+        quantise(family.network(), memory.base)
+    vae = family.pipeline.components.get("vae")
+    if vae is not None and memory.vae_slicing:
+        vae.enable_slicing()
+    if vae is not None and memory.vae_tiling:
+        vae.enable_tiling()
+    if memory.park_encoders and family.device.type != "cpu":
+        _park(family)
+
+
+def _park(family: ModelFamily) -> None:
+    """Diffusers' group offloading: every layer is on the device only while it computes."""
+    from diffusers.hooks import apply_group_offloading
+
+    for component in family.pipeline.components.values():
+        if isinstance(component, nn.Module) and component is not family.network():
+            component.to("cpu")
+            apply_group_offloading(component, onload_device=family.device, offload_type="leaf_level")
+
+
+def quantise(network: nn.Module, base: str) -> None:
+    """Linear layers of a frozen network with fewer bits: int8 by torchao, nf4 by bitsandbytes; adapters go on top."""
+    if base == "int8":
+        from torchao.quantization import (  # type: ignore[import-not-found, unused-ignore]
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
+
+        quantize_(network, Int8WeightOnlyConfig())
+        return
+    import bitsandbytes as bnb  # type: ignore[import-not-found, unused-ignore]
+
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, attribute = name.rpartition(".")
+            new = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=layer.weight.dtype,
+                quant_type="nf4",
+            )  # fmt: skip
+            new.weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
+            new.bias = layer.bias
+            # bitsandbytes quantises when the weights arrive on the accelerator.
+            setattr(network.get_submodule(parent), attribute, new.to(layer.weight.device))
+
+
+def check_roles(roles: Mapping[str, Role], lora: Mapping[str, LoraSettings], memory: MemoryConfig, where: str) -> None:
+    """Raises UserError for a role with weights of its own beside a quantised teacher, which it cannot start from."""
+    if not memory.quantised:
+        return
+    for name, role in roles.items():
+        if isinstance(role, Trained) and role.adapter is None and name not in lora:
+            raise UserError(f"{where}: role {name!r} is trained with all its weights, which cannot start from "
+                            f"a teacher in {memory.base}; train it as a LoRA, or use base: bf16")  # fmt: skip
+
+
+def prepare_cast(cast: Cast, recipe: Recipe) -> dict[str, int]:
+    """What is done to the networks of a stage, once it has them => attention kernels seen, where one was chosen."""
+    memory = recipe.memory
+    networks = cast.networks()
+    xformers = recipe.attention == "xformers" and usable_xformers(cast.family.device)
+    for network in networks.values():
+        if memory.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if xformers:
+            use_xformers(network)
+    seen = {}
+    if recipe.attention != "auto":
+        choice = "sdpa" if recipe.attention == "xformers" and not xformers else recipe.attention
+        seen = probe(one_pass(cast.family, recipe), choice, type(cast.family.network()).__name__)
+    if memory.compile:
+        compile_networks(cast, memory.compile)
+    return seen
+
+
+def one_pass(family: ModelFamily, recipe: Recipe) -> Callable[[], object]:
+    """One call of the teacher at the recipe's size and precision, for whoever wants to see what it runs."""
+    device = family.device
+    x = torch.zeros(1, *family.latent_shape(recipe.data.size), device=device)
+    null = family.null_condition(1).to(device)
+    t = torch.full((1,), 0.5, dtype=torch.float64, device=device)
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    denoiser = family.denoiser()
+
+    def work() -> object:
+        dtype = types.get(recipe.precision)
+        with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            return denoiser(x, t, null)
+
+    return work
+
+
+def compile_networks(cast: Cast, option: bool | str) -> None:
+    """torch.compile of the blocks that a network is made of; with adapters, each adapter has a version of its own.
+
+    Blocks and not whole networks, since a block is what activation checkpointing computes again: the recomputation
+    then meets the same compiled code as the first pass.
+
+    Raises:
+        UserError: a guidance adapter listens inside of the blocks, or the network's class names no such blocks.
+    """
+    options: dict[str, Any] = {} if option is True else {"backend": option}
+    for network in cast.networks().values():
+        if adapters_of(network):
+            raise UserError("memory.compile: an adapter beside the network listens inside of its blocks, which "
+                            "compiled code does not call; use memory.compile=false")  # fmt: skip
+        for block in blocks_of(network):
+            block.compile(**options)
+    for head in cast.heads():
+        for network in cast.networks().values():
+            for layer in head.layers:
+                uncompile(network, layer)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a network: those that its Diffusers class names, or else its transformer blocks.
+
+    Raises:
+        UserError: it has none.
+    """
+    model: Any = network
+    named = model._repeated_blocks or ()  # of every Diffusers model, but only few fill it in
+    found = [block for name, block in network.named_modules()
+             if type(block).__name__ in named or (not named and BLOCKS.fullmatch(name))]  # fmt: skip
+    if not found:
+        raise UserError(f"memory.compile: {type(network).__name__} has no repeated blocks that could be compiled; use "
+                        "memory.compile=false")  # fmt: skip
+    return found
+
+
+@contextmanager
+def settings_of(recipe: Recipe) -> Iterator[None]:
+    """Inside, torch's own switches are as the recipe says, and afterwards as they were."""
+    before = torch.get_float32_matmul_precision()
+    if recipe.memory.tf32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        with chosen_attention(recipe.attention):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
