@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.errors import UserError
+from stepdistill.processes.sharding import placed_like
 from stepdistill.seeds import seed_of
 
 
@@ -178,4 +179,4 @@ def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], wha
                         f"first {[*missing, *wrong][0]!r}; was it made with another rank or targets?")  # fmt: skip
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(state[key])
+            parameter.copy_(placed_like(state[key], parameter))

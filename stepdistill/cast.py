@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy as shallow_copy
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from stepdistill.guidance.files import build_adapter
 from stepdistill.guidance.modules import AdapterSettings
 from stepdistill.network_shape import NetworkShape
 from stepdistill.objectives.base import Head, Recorded, Role, Trained
+from stepdistill.processes.sharding import ShardedWeights, Sharding, whole
 from stepdistill.seeds import seed_of
 
 
@@ -71,6 +72,7 @@ class Cast:
         checkpointing: activation checkpointing in all networks that are trained.
         seed: of the adapters' first values, which must agree between processes and after a resume.
         size: pixel size of the images, for which heads are built; None: the teacher's own.
+        sharding: how networks of a role's own are divided among processes; None: each process has all of them.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Cast:
         checkpointing: bool = False,
         seed: int = 0,
         size: int | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         lora = lora or {}
         self.family = family
@@ -114,14 +117,11 @@ class Cast:
         noting = [name for name, head in self._heads.items() if any(True for _ in head.module.buffers())]
         self.kept = tuple(dict.fromkeys((*self.trained, *self.recorded, *noting)))  # whose tensors a checkpoint holds
         self.parked: dict[str, dict[str, Tensor]] = {}
-        for name, start in (starts or {}).items():
-            if name in (*self.trained, *self.recorded):
-                self._start(name, start)
-        for name in self.recorded:
-            if name not in (starts or {}):
-                self.copy(kinds[name], name)
+        self._begin(starts or {}, kinds)
         if checkpointing:
             self._enable_checkpointing(copies.values())
+        if sharding is not None:  # last: what is divided is no longer written to by its plain names
+            self._weights.update({name: sharding.shard(network) for name, network in copies.items()})
 
     def denoiser(self, role: str) -> Denoiser:
         """The view of one role."""
@@ -188,7 +188,7 @@ class Cast:
     def park(self, role: str, key: str) -> None:
         """Keeps a copy of a role's weights in the CPU's memory and in checkpoints, in a file named after the key."""
         assert key and not set(key) & set("/\\:"), f"{key!r} cannot be a part of a file's name"
-        self.parked[key] = {name: p.detach().cpu().clone() for name, p in self.parameters(role).items()}
+        self.parked[key] = {name: whole(p.detach()).cpu().clone() for name, p in self.parameters(role).items()}
 
     def fetch(self, key: str, role: str) -> None:
         """Writes parked weights into a recorded or trained role of the same kind."""
@@ -202,7 +202,7 @@ class Cast:
 
     def state(self, role: str) -> RoleState:
         """A copy of a role's trained weights."""
-        tensors = {name: p.detach().clone() for name, p in self.tensors(role).items()}
+        tensors = {name: whole(p.detach()).clone() for name, p in self.tensors(role).items()}
         return RoleState(self.lora.get(role), tensors)
 
     def plain_state(self, role: str) -> dict[str, Tensor]:
@@ -212,8 +212,19 @@ class Cast:
     @contextmanager
     def trainable(self, roles: Sequence[str]) -> Iterator[None]:
         """Inside, exactly these roles' parameters require gradients."""
-        with only_trainable([p for role in roles for p in self.parameters(role).values()]):
+        own = {self._name(role): self._weights.get(self._name(role)) for role in roles}
+        divided = [weights for weights in own.values() if isinstance(weights, ShardedWeights)]
+        plain = [role for role in own if not isinstance(own[role], ShardedWeights)]
+        with ExitStack() as stack:
+            for weights in divided:
+                stack.enter_context(weights.trainable())
+            stack.enter_context(only_trainable([p for role in plain for p in self.parameters(role).values()]))
             yield
+
+    @property
+    def divided(self) -> bool:
+        """Whether there is a network that computes only where all processes take part."""
+        return any(isinstance(weights, ShardedWeights) for weights in self._weights.values())
 
     def summary(self) -> list[tuple[str, str, int, int]]:
         """(role, kind of weights, trainable parameters, all parameters) for the table printed at start."""
@@ -297,6 +308,15 @@ class Cast:
             torch.manual_seed(seed)
             module = role.build([tuple(feature.shape[1:]) for feature in features])
         return DenoiserHead(module.to(x.device, torch.float32).requires_grad_(False), layers)
+
+    def _begin(self, starts: Mapping[str, RoleState], kinds: Mapping[str, str]) -> None:
+        """Gives trained roles what they start from, and recorded ones the weights of the roles that they are like."""
+        for name, start in starts.items():
+            if name in (*self.trained, *self.recorded):
+                self._start(name, start)
+        for name in self.recorded:
+            if name not in starts:
+                self.copy(kinds[name], name)
 
     def _start(self, role: str, start: RoleState) -> None:
         if role not in self._heads and start.lora != self.lora.get(role):

@@ -29,7 +29,7 @@ from stepdistill.terminal import open_console as _console
 
 
 if TYPE_CHECKING:
-    pass
+    from stepdistill.recipe import Recipe
 
 
 __all__ = ["PLAIN_GUIDANCE", "PLAIN_STEPS", "_facts", "app", "main"]
@@ -103,6 +103,12 @@ def train(
         typer.Option("--smoke", help="Try the recipe for two steps on a tiny random teacher; leave nothing behind."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no tables; errors only.")] = False,
+    num_processes: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine, each with a GPU of its own; they share every batch.")
+    ] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Divide networks with full weights among the processes (FSDP2).")
+    ] = False,
 ) -> None:
     """Run a recipe: train, export, and measure."""
     from stepdistill.recipe import Recipe
@@ -118,19 +124,43 @@ def train(
         _hide_loading_bars()
         run_smoke(loaded, console=_console(quiet=quiet))
         return
+    from stepdistill.processes.launch import rank
+
+    if num_processes > 1 or shard:
+        words = [recipe, *(overrides or []), *_options(resume, quiet=quiet)]
+        raise typer.Exit(_in_processes(loaded, words, num_processes, shard=shard))
     from stepdistill.run import train as run_training
     from stepdistill.trainer import Interrupted
 
     _hide_loading_bars()
 
     try:
-        run_training(loaded, resume=resume, console=_console(quiet=quiet))
+        run_training(loaded, resume=resume, console=_console(quiet=quiet or rank() > 0))
     except Interrupted as stop:
         left = "no checkpoint was written, the run was in doubt; the same command goes on from the last good one"
         if stop.checkpoint is not None:
             left = f"checkpoint left at {stop.checkpoint}; the same command goes on from it"
-        typer.echo(f"interrupted: {left}", err=True)
+        if rank() == 0:
+            typer.echo(f"interrupted: {left}", err=True)
         raise
+
+
+def _options(resume: bool | None, *, quiet: bool) -> list[str]:
+    """The words that say the same to the processes."""
+    again = [] if resume is None else ["--resume" if resume else "--fresh"]
+    return [*again, *(["--quiet"] if quiet else [])]
+
+
+def _in_processes(recipe: Recipe, words: Sequence[str], count: int, *, shard: bool) -> int:
+    """Trains in several processes => exit code."""
+    from stepdistill.processes.launch import check_launch, launch, launched
+
+    if launched():
+        raise UserError("accelerate has started several processes already; leave out --num-processes and --shard")
+    if count == 1:
+        raise UserError("--shard: there is nobody to divide a network with; add --num-processes")
+    check_launch(recipe, count, shard=shard)
+    return launch(["train", *words], count, shard=shard)
 
 
 def _check_overrides(recipe: str, overrides: Sequence[str]) -> None:

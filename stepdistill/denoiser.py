@@ -18,6 +18,7 @@ from stepdistill.adapters import SharedNetwork
 from stepdistill.condition import Condition
 from stepdistill.errors import UserError
 from stepdistill.prediction import Levels, Prediction, beside
+from stepdistill.processes.sharding import ShardedWeights, carried
 from stepdistill.schedule import NoiseSchedule
 
 
@@ -225,11 +226,12 @@ class Denoiser:
     def _watching(self, layers: Sequence[str], last: str | None = None) -> Iterator[dict[str, Tensor]]:
         """Inside, passes note the outputs of modules by name, and end at the one called `last`."""
         found: dict[str, Tensor] = {}
+        divided = isinstance(self.weights, ShardedWeights)  # such a network has to end its passes properly
 
         def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def keep(module: nn.Module, inputs: Any, output: Any) -> None:
                 found[name] = output[0] if isinstance(output, tuple) else output
-                if name == last:
+                if name == last and not divided:
                     raise _LastLayerError
 
             return keep
@@ -237,6 +239,8 @@ class Denoiser:
         with ExitStack() as stack:
             for name in layers:
                 stack.enter_context(_hooked(self.weights.network, name, hook(name)))
+            if divided:
+                stack.enter_context(carried(self.weights.network, found))
             yield found
 
     def _model_time(self, x_t: Tensor, t: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ def train_students(recipe: Recipe, *, resume: bool | None, console: Console | No
     processes = PartialState(cpu=recipe.device == "cpu")
     folder, display = RunFolder(Path(recipe.output)), Display(console)
     _check(recipe)
-    _claim(folder, recipe, resume)
+    if processes.is_main_process:
+        _claim(folder, recipe, resume)
+    processes.wait_for_everyone()
     students = [student_recipe(recipe, number) for number in range(config.students)]
     folders = [RunFolder(Path(student.output)) for student in students]
     if resume and not any(run.stages_done() or run.checkpoints.steps() for run in folders):

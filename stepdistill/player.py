@@ -13,9 +13,11 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from stepdistill.errors import UserError
+from stepdistill.processes.sharding import gathered, optimizer_state_like, placed_like, whole
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Player:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         limit = float("inf") if self._settings.clip is None else self._settings.clip
-        return float(torch.nn.utils.clip_grad_norm_(values, limit))
+        return float(whole(torch.nn.utils.clip_grad_norm_(values, limit)))
 
     def apply(self) -> None:
         """The update that `prepare` made ready."""
@@ -140,7 +142,11 @@ class Player:
             self._ema.restore(values)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next update depends on besides the weights."""
+        """Everything that the next update depends on besides the weights, whole; all processes have to ask for it."""
+        state: dict[str, Any] = gathered(self._state())
+        return state
+
+    def _state(self) -> dict[str, Any]:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
@@ -150,15 +156,18 @@ class Player:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restores what `state` returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        values = list(self.parameters.values())
+        self.optimizer.load_state_dict(optimizer_state_like(state["optimizer"], values))
         self._scheduler.load_state_dict(state["scheduler"])
         if self._ema is not None and state["ema"] is not None:
-            self._ema.load_state_dict({key: value for key, value in state["ema"].items() if key != "names"})
+            shadows = [placed_like(*pair) for pair in zip(state["ema"]["shadow_params"], values, strict=True)]
+            told = {key: value for key, value in state["ema"].items() if key != "names"}
+            self._ema.load_state_dict({**told, "shadow_params": shadows})
             self._ema.to(device=self._accelerator.device)
         self.updates = state["updates"]
 
     def _reduce(self, values: list[nn.Parameter]) -> None:
-        if self._accelerator.num_processes == 1:
+        if self._accelerator.num_processes == 1 or isinstance(values[0], DTensor):  # FSDP2 has averaged those already
             return
         grads: list[Tensor] = [p.grad if p.grad is not None else torch.zeros_like(p) for p in values]
         flat = self._accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")

@@ -27,7 +27,7 @@ class Previews:
         family: encodes and decodes.
         prompts: one column each.
         spec: how the student is sampled; None: as the teacher.
-        folder: where the grids go.
+        folder: where the grids go; None keeps nothing: some processes only help networks that are divided among all.
         seed: of the noise, the same for all rows and grids.
         teacher_steps: DDIM steps of the teacher's row.
         guidance: the teacher's guidance scale.
@@ -38,7 +38,7 @@ class Previews:
     family: ModelFamily
     prompts: Sequence[str]
     spec: InferenceSpec | None
-    folder: Path
+    folder: Path | None
     seed: int = 0
     teacher_steps: int = 25
     guidance: float = 3.0
@@ -47,7 +47,9 @@ class Previews:
     _teacher_row: Tensor | None = None
 
     @torch.no_grad()
-    def write(self, student: Denoiser, teacher: Denoiser | None, step: int, critic: Denoiser | None = None) -> Path:
+    def write(
+        self, student: Denoiser, teacher: Denoiser | None, step: int, critic: Denoiser | None = None
+    ) -> Path | None:
         """=> previews/step-*.png. The teacher's row is made once; without a teacher there is only the student's.
 
         With a critic, the student's row becomes the first of a triptych: below it, the clean images that teacher and
@@ -62,6 +64,8 @@ class Previews:
             rows["student"] = self._decode(x0)
             if teacher is not None and critic is not None:
                 rows |= self._guesses(x0, teacher, critic)
+        if self.folder is None:
+            return None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:07d}.png"
         labelled_grid(rows, self.prompts).save(path)

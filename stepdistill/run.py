@@ -75,20 +75,25 @@ def train(recipe: Recipe, *, resume: bool | None = None, console: Console | None
 
 def train_one(recipe: Recipe, shared: Shared | None, *, resume: bool | None, console: Console | None) -> RunResult:
     """As `train`, of a resolved recipe of one student; `shared` is what students of one process have in common."""
+    from stepdistill.processes.launch import open_accelerator
+
     folder = RunFolder(Path(recipe.output), keep=recipe.checkpoints.keep)
-    folder.claim(recipe, resume)
-    return _Run(recipe, folder, Display(console), shared).play()
+    accelerator = open_accelerator(recipe)
+    if accelerator.is_main_process:
+        folder.claim(recipe, resume)
+    accelerator.wait_for_everyone()
+    return _Run(recipe, folder, Display(console), shared, accelerator).play()
 
 
 class _Run:
     """One run in progress."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, display: Display, shared: Shared | None) -> None:
-        import torch
-        from accelerate import Accelerator
-
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, display: Display, shared: Shared | None, accelerator: Accelerator
+    ) -> None:
         from stepdistill.families import load_family
         from stepdistill.multi_student import open_part
+        from stepdistill.processes.launch import open_sharding, shares
         from stepdistill.recipe import build_objective
         from stepdistill.resources.apply import check_options, loading_types, prepare_teacher
 
@@ -99,13 +104,10 @@ class _Run:
         ]
         for index, (stage, objective) in enumerate(zip(recipe.stages, self.objectives, strict=True)):
             stage.check_roles(trained_roles(objective), recipe.where(f"stages.{index}"))
-        if recipe.device == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                f"{recipe.where('device')}: cuda was asked for, but torch sees no such device; use auto or cpu"
-            )
         check_options(recipe)
-        precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
-        self.accelerator: Accelerator = Accelerator(mixed_precision=precision, cpu=recipe.device == "cpu")
+        self.accelerator = accelerator
+        self.sharding = open_sharding(accelerator)
+        self.shares = shares(recipe, accelerator.num_processes, sharded=self.sharding is not None)
         display.say(f"loading {recipe.teacher}")
         self.family: ModelFamily = load_family(
             recipe.teacher, dtype=loading_types(recipe.memory), device=str(self.accelerator.device),
@@ -127,10 +129,12 @@ class _Run:
         done = self.folder.stages_done()
         starts = self.folder.load_roles(done - 1) if done else {}
         for index in range(done, len(self.recipe.stages)):
-            self.batches = self.batches or open_batches(
-                self.recipe, self.objectives, self.family, self.folder,
-                accelerator=self.accelerator, display=self.display, part=self.part,
-            )  # fmt: skip
+            if self.batches is None:
+                with self.accelerator.main_process_first():  # the others find on disk what it has encoded
+                    self.batches = open_batches(
+                        self.recipe, self.objectives, self.family, self.folder,
+                        accelerator=self.accelerator, display=self.display, part=self.part,
+                    )  # fmt: skip
             starts = {**starts, **self._play_stage(index, starts)}
             if self.accelerator.is_main_process:
                 self.folder.save_roles(index, starts)
@@ -186,7 +190,8 @@ class _Run:
         if state is not None:
             trainer.resume(roles, state)
             self.display.say(f"going on from step {trainer.step} of stage {index + 1}")
-        self.folder.truncate_log(index, trainer.step)
+        if self.accelerator.is_main_process:
+            self.folder.truncate_log(index, trainer.step)
         title = f"stage {index + 1}: {self.recipe.stages[index].objective.name}"
         with self.display.training(title), settings_of(self.recipe):
             trainer.run()
@@ -209,7 +214,7 @@ class _Run:
         cast = Cast(
             self.family, shaped_roles(objective, recipe.student.shape),
             lora=lora_settings(stage, objective, self.family), starts=resolve_starts(stage, starts, self.family),
-            checkpointing=stage.checkpointing, seed=recipe.seed, size=recipe.data.size,
+            checkpointing=stage.checkpointing, seed=recipe.seed, size=recipe.data.size, sharding=self.sharding,
         )  # fmt: skip
         self.display.roles(cast.summary())
         seen = prepare_cast(cast, recipe)
@@ -221,7 +226,7 @@ class _Run:
                 offload_states(player.optimizer)
         assert self.batches is not None, "opened before the first stage"
         settings = TrainerSettings(
-            steps=stage.steps, batch_size=stage.batch_size, accumulate=stage.accumulate, seed=recipe.seed,
+            steps=stage.steps, **vars(self.shares[index]), seed=recipe.seed,
             checkpoint_every=recipe.checkpoints.every, stage=index,
             first_step=sum(s.steps for s in recipe.stages[:index]),
             **({} if recipe.health is None else {"skips": recipe.health.skips}),
@@ -239,12 +244,14 @@ class _Run:
         """What happens after every iteration of a stage: progress is shown, and now and then a picture is made."""
         from stepdistill.watching import open_previews, view_of
 
-        config = self.recipe.previews
+        config, draws = self.recipe.previews, self.accelerator.is_main_process or cast.divided
         previews = open_previews(self.recipe, self.family, objective.inference(), self.folder, self.part)
+        if previews is not None and not self.accelerator.is_main_process:
+            previews.folder = None
 
         def on_step(progress: Progress) -> None:
             self.display.step(progress)
-            if previews is None or config is None or not self.accelerator.is_main_process:
+            if previews is None or config is None or not draws:
                 return
             if progress.step == progress.steps or progress.step % config.every == 0:
                 with student.averaged():

@@ -11,7 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,9 @@ from stepdistill.errors import UserError
 from stepdistill.health import Monitor
 from stepdistill.objectives.base import Objective, Phase, Step
 from stepdistill.player import Player
+from stepdistill.processes.agreement import check_agreement
+from stepdistill.processes.sharding import gathered
+from stepdistill.processes.share import SlicedDraws
 from stepdistill.seeds import seed_of
 
 
@@ -82,8 +85,9 @@ class TrainerSettings:
     Attributes:
         steps: iterations.
         batch_size: samples per micro-batch and process.
-        accumulate: micro-batches per update.
-        seed: of the run; all randomness of an iteration derives from (seed, rank, stage, step).
+        accumulate: micro-batches per update and process.
+        groups: how many micro-batches all processes play at the same time, each of them those of one group.
+        seed: of the run; all randomness of an iteration derives from (seed, stage, step, micro-batch).
         checkpoint_every: iterations.
         stage: number of the stage, from 0.
         first_step: iterations of the stages before, so that checkpoints of a run count on.
@@ -94,6 +98,7 @@ class TrainerSettings:
     steps: int
     batch_size: int
     accumulate: int = 1
+    groups: int = 1
     seed: int = 0
     checkpoint_every: int = 500
     stage: int = 0
@@ -149,19 +154,24 @@ class Trainer:
             while self.step < self.settings.steps:
                 self._iterate()
                 self._stop_if_ill()
-                saved = self.save() if self._signal is not None or self._saves else None
-                if self._signal is not None and self.step < self.settings.steps:
-                    raise Interrupted(self._signal, saved)
+                stopped = self._stopped()
+                saved = self.save() if stopped is not None or self._saves else None
+                if stopped is not None and self.step < self.settings.steps:
+                    raise Interrupted(stopped, saved)
 
     def save(self) -> Path | None:
-        """Writes a checkpoint of the present state (the main process does).
+        """Writes a checkpoint of the present state (the main process does); all processes have to call it.
 
         While the run is in doubt nothing is written, so that every checkpoint is a good one, and none of these is
         removed to make room for a bad one.
+
+        Raises:
+            RuntimeError: the processes' weights differ.
         """
-        if self.checkpoints is None or not self.accelerator.is_main_process or self._in_doubt:
+        if self.checkpoints is None or self._in_doubt:
             return None
-        roles = {name: self.cast.tensors(name) for name in self.cast.kept}
+        roles: dict[str, Any] = gathered({name: self.cast.tensors(name) for name in self.cast.kept})
+        check_agreement(self.accelerator, roles)
         roles |= {f"{PARKED}{key}": tensors for key, tensors in self.cast.parked.items()}
         scaler = self.accelerator.scaler
         state = {
@@ -172,7 +182,11 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
             "health": None if self.monitor is None else self.monitor.state(),
         }
-        return self.checkpoints.save(self.settings.first_step + self.step, roles, state)
+        number = self.settings.first_step + self.step
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(number, roles, state)
+        self.accelerator.wait_for_everyone()
+        return self.checkpoints.path(number)
 
     def resume(self, roles: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
         """Restores what `save` wrote; the next iteration then is bit-identical to an uninterrupted one."""
@@ -200,15 +214,16 @@ class Trainer:
 
     def _iterate(self) -> None:
         began = time.monotonic()
-        # Everything random below is a function of (seed, rank, stage, step), so resuming needs no generator's state.
-        torch.manual_seed(seed_of(self.settings.seed, self.accelerator.process_index, self.settings.stage, self.step))
+        # Everything random below is a function of (seed, stage, step), so resuming needs no generator's state. All
+        # processes draw the numbers of process 0.
+        torch.manual_seed(seed_of(self.settings.seed, 0, self.settings.stage, self.step))
         values: dict[str, float] = {}
         turn = 0
         self._wrong = []
         for phase in self.objective.phases(self.step):
             for _ in range(phase.repeats):
                 values.update(self._run_phase(phase, turn))
-                turn += self.settings.accumulate
+                turn += self.settings.accumulate * self.settings.groups
         self.objective.after_step(self.cast, self.step)
         self.step += 1
         self._skips = self._skips + 1 if self._wrong else 0
@@ -224,9 +239,11 @@ class Trainer:
         before = [buffer.clone() for buffer in self.cast.buffers()]
         with self.cast.trainable(phase.updates):
             for micro in range(self.settings.accumulate):
-                batch = self.batches.next(phase.stream, self.settings.batch_size)
-                with self.accelerator.autocast(NO_CACHE):
-                    loss = phase.loss(self.cast, batch, Step(self.step, self.settings.seed, turn + micro))
+                number = turn + micro * self.settings.groups + self._group
+                with self._draws(number):
+                    batch = self.batches.next(phase.stream, self.settings.batch_size, self.settings.groups)
+                    with self.accelerator.autocast(NO_CACHE):
+                        loss = phase.loss(self.cast, batch, Step(self.step, self.settings.seed, number))
                 self.accelerator.backward(loss.total / self.settings.accumulate)
                 for name, value in (*loss.terms.items(), *loss.logged.items()):
                     sums[name] = sums.get(name, 0) + value.detach() / self.settings.accumulate
@@ -235,6 +252,24 @@ class Trainer:
                 for buffer, value in zip(self.cast.buffers(), before, strict=True):
                     buffer.copy_(value)
         return values
+
+    @property
+    def _parts(self) -> int:
+        """How many processes share a micro-batch."""
+        return self.accelerator.num_processes // self.settings.groups
+
+    @property
+    def _group(self) -> int:
+        """Which of the micro-batches that are played at the same time is this process's."""
+        return int(self.accelerator.process_index) // self._parts
+
+    def _draws(self, number: int) -> AbstractContextManager[object]:
+        """Random numbers of a micro-batch, the same however many processes play it."""
+        if self.settings.accumulate * self.settings.groups > 1:  # whoever plays it has not played all those before
+            torch.manual_seed(seed_of(self.settings.seed, "micro", self.settings.stage, self.step, number))
+        if self._parts == 1:
+            return nullcontext()
+        return SlicedDraws(self.settings.batch_size, self.accelerator.process_index % self._parts, self._parts)
 
     def _update(self, phase: Phase, values: dict[str, float]) -> bool:
         """All of the phase's players step, or none does => whether they did; notes what was not finite."""
@@ -265,6 +300,13 @@ class Trainer:
             return here
         flag = torch.tensor(float(here), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def _stopped(self) -> int | None:
+        """The signal that any process got: all of them stop after the same iteration, or none does."""
+        here = self._signal
+        if self._anywhere(here is not None):
+            return signal.SIGTERM if here is None else here
+        return None
 
     def _examine(self) -> dict[str, float]:
         """The monitor's measures where they are due: now and then, and before every checkpoint."""

@@ -22,6 +22,7 @@ from stepdistill.data.prompts import PromptSet
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Objective, Phase, Role, Step, Trained
 from stepdistill.player import Player, PlayerSettings
+from stepdistill.processes.sharding import Sharding
 from stepdistill.trainer import Trainer, TrainerSettings
 
 
@@ -171,6 +172,7 @@ def trainer_of(
     checkpointing: bool = False,
     player: Mapping[str, Any] | None = None,
     texts: Sequence[str] = PROMPTS,
+    sharding: Sharding | None = None,
     **settings: Any,
 ) -> Trainer:
     """A trainer of one stage without a recipe; the folder, if any, gets checkpoints and the log."""
@@ -178,7 +180,7 @@ def trainer_of(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    cast = Cast(family, objective.roles(), lora=lora, checkpointing=checkpointing)
+    cast = Cast(family, objective.roles(), lora=lora, checkpointing=checkpointing, sharding=sharding)
     options = {"optimizer": torch.optim.AdamW, "options": {"lr": 1e-3}, **(player or {})}
     players = {
         name: Player(name, cast.parameters(name), PlayerSettings(**options), accelerator) for name in cast.trained

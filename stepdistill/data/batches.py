@@ -31,7 +31,7 @@ class Batches:
         rank: number of this process; processes draw disjoint samples.
         num_processes: how many there are.
         size: pixel size of the images, None for the teacher's own.
-        drawn: micro-batches drawn so far, by stream.
+        drawn: micro-batches drawn so far by all processes together, by stream.
         encode: captions of images => condition; None: the family's own encoder.
         pairs: the pairs stream, or None where the recipe has no pairs.
     """
@@ -49,11 +49,18 @@ class Batches:
     pairs: PairStream | None = None
     _null: Condition | None = field(default=None, init=False)
 
-    def next(self, stream: str, count: int) -> Batch:
-        """The next micro-batch of `count` samples of "prompts", "images", "pairs" or "states"."""
+    def next(self, stream: str, count: int, groups: int = 1) -> Batch:
+        """The next micro-batch of `count` samples of "prompts", "images", "pairs" or "states".
+
+        Args:
+            stream: which.
+            count: samples of this process.
+            groups: how many micro-batches all processes draw at the same time; those of a group draw slices of one.
+        """
         number = self.drawn.get(stream, 0)
-        self.drawn[stream] = number + 1
-        start = (number * self.num_processes + self.rank) * count
+        self.drawn[stream] = number + groups
+        parts = self.num_processes // groups
+        start = (number * parts + self.rank) * count
         if stream == "images":
             return self._images(start, count)
         if stream == "pairs":
