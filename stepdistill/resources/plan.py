@@ -158,7 +158,8 @@ def plan_stage(recipe: Recipe, index: int, family: ModelFamily | None = None) ->
     objective = build_objective(stage.objective, recipe.where(f"stages.{index}.objective"))
     stage.check_roles(trained_roles(objective), recipe.where(f"stages.{index}"))
     fake, meter = fake_mode(), MemoryMeter()
-    family = family or family_without_weights(recipe.teacher, fake)
+    family = family or family_without_weights(recipe.teacher_config or recipe.teacher, fake)
+    family.at_size(recipe.data.size)
     with shaped(fake):
         _take_types(family, recipe)
         base = family.network()
@@ -235,13 +236,12 @@ class ShapedBatches:
     size: int | None
     drawn: dict[str, int] = field(default_factory=dict)
 
-    def next(self, stream: str, count: int) -> Batch:
+    def next(self, stream: str, count: int, groups: int = 1) -> Batch:
         """As `Batches.next`."""
         rows = torch.zeros(count, dtype=torch.long)
         shape = self.family.latent_shape(self.size)
-        condition = self.family.encode_prompts(["0"])[
-            rows
-        ]  # a prompt like another, and a class of class-conditional ones
+        # "0" is a prompt like another, and a class of class-conditional teachers.
+        condition = self.family.encode_prompts(["0"])[rows]
         null = self.family.null_condition(1)[rows]
         stored = stream in ("images", "pairs")
         visited = None

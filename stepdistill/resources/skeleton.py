@@ -35,8 +35,8 @@ def family_without_weights(path: str, fake: FakeTensorMode) -> ModelFamily:
         with shaped(fake):
             return load_family(path)
     if path.endswith(".safetensors"):
-        raise UserError(f"teacher: {path} is a single file, and holds no configurations to plan with; plan with "
-                        "the model that it is a fine-tune of, teacher=owner/name or a Diffusers folder")  # fmt: skip
+        raise UserError(f"teacher: {path} is a single file, and holds no configurations to plan with; name the folder "
+                        "or hub id of its architecture, teacher_config=owner/name")  # fmt: skip
     path = str(resolve_model_path(path))
     index = read_model_index(path)
     name = str(index.get("_class_name"))
