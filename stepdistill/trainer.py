@@ -256,7 +256,7 @@ class Trainer:
     @property
     def _parts(self) -> int:
         """How many processes share a micro-batch."""
-        return self.accelerator.num_processes // self.settings.groups
+        return int(self.accelerator.num_processes) // self.settings.groups
 
     @property
     def _group(self) -> int:

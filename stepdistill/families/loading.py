@@ -94,9 +94,7 @@ def _left_out(kind: Any) -> dict[str, None]:
 # ---- one file ------------------------------------------------------------------------------------------------------
 
 
-def _from_single_file(
-    file: Path, config: str | None, supported: Collection[str]
-) -> DiffusionPipeline:
+def _from_single_file(file: Path, config: str | None, supported: Collection[str]) -> DiffusionPipeline:
     """All components out of one file, float32, with Diffusers' own conversion of the original names.
 
     Such a file holds weights alone. How the networks are built, the tokenizers and the scheduler, hence also what the

@@ -87,7 +87,7 @@ class SlicedDraws(TorchFunctionMode):
     """
 
     def __init__(self, rows: int, part: int, parts: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._rows, self._part, self._parts = rows, part, parts
 
     def __torch_function__(
@@ -120,9 +120,10 @@ class SlicedDraws(TorchFunctionMode):
         """torch.randint, whose size follows one bound or two."""
         size = options.pop("size") if "size" in options else args[-1]
         bounds = args[:-1] if args and size is args[-1] else args
+        randint: Callable[..., Tensor] = torch.randint
         if len(size) == 0:
-            return torch.randint(*bounds, size=size, **options)
-        return self._drawn(size[0], lambda count: torch.randint(*bounds, size=(count, *size[1:]), **options))
+            return randint(*bounds, size=size, **options)
+        return self._drawn(size[0], lambda count: randint(*bounds, size=(count, *size[1:]), **options))
 
     def _enlarged(self, example: Tensor, count: int) -> Tensor:
         """A tensor like the example, of so many rows: of the same values, over and over.
@@ -140,6 +141,6 @@ class SlicedDraws(TorchFunctionMode):
             return draw(lead)
         everything = draw(lead * self._parts)
         if lead % self._rows == 0:  # several blocks of the batch's rows, such as for both halves of a guided call
-            blocks = everything.unflatten(0, (-1, self._parts, self._rows))
+            blocks = everything.reshape(-1, self._parts, self._rows, *everything.shape[1:])
             return blocks[:, self._part].flatten(0, 1)
         return everything[self._part * lead : (self._part + 1) * lead]

@@ -118,7 +118,7 @@ def prepare_cast(cast: Cast, recipe: Recipe) -> dict[str, int]:
     xformers = recipe.attention == "xformers" and usable_xformers(cast.family.device)
     for network in networks.values():
         if memory.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         if xformers:
             use_xformers(network)
     seen = {}

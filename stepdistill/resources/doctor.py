@@ -91,7 +91,7 @@ def _small_attention(device: str, dtype: torch.dtype) -> Callable[[], object]:
     q = torch.randn(1, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
 
     def work() -> object:
-        return scaled_dot_product_attention(q, q, q).float().sum().backward()
+        return scaled_dot_product_attention(q, q, q).float().sum().backward()  # type: ignore[no-untyped-call]
 
     return work
 
@@ -117,9 +117,7 @@ def kernels_of_recipe(path: str, overrides: list[str], device: str) -> Iterator[
     from stepdistill.resources.attention import use_xformers
 
     recipe = Recipe.load(path, overrides)
-    family = load_family(
-        recipe.teacher, dtype=loading_types(recipe.memory), device=device, **recipe.teacher_options()
-    )
+    family = load_family(recipe.teacher, dtype=loading_types(recipe.memory), device=device, **recipe.teacher_options())
     prepare_teacher(family, recipe.memory)
     choice = recipe.attention
     if choice == "xformers" and not usable_xformers(device):

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 BLOCK_BYTES = 512  # what CUDA's caching allocator rounds a request up to
 
 
-class MemoryMeter(TorchDispatchMode):
+class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that are alive, as an allocator would: views and in-place results count once.
 
     Attributes:
@@ -33,7 +33,7 @@ class MemoryMeter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
 
@@ -129,7 +129,7 @@ def shaped(fake: FakeTensorMode) -> Iterator[None]:
     """
     before = nn.Module._apply
     with fake:
-        nn.Module._apply = _replacing  # type: ignore[method-assign, assignment]
+        nn.Module._apply = _replacing  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -143,7 +143,8 @@ def _replacing(root: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = 
                 new = None if old is None else fn(old.detach())
                 if old is None or new is None or (new.dtype, new.stride()) == (old.dtype, old.stride()):
                     continue
-                tensors[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                made: Any = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                tensors[name] = made
     return root
 
 

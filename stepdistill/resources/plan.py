@@ -269,7 +269,7 @@ class _Precision:
         return torch.autocast("cpu", torch.bfloat16, enabled=self._half, cache_enabled=False)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce(self, tensor: Tensor, reduction: str = "mean") -> Tensor:
         return tensor

@@ -29,7 +29,7 @@ HELP_FILE = ROOT / "docs" / "cli.txt"
 FACTS_FILE = "distillation_config.json"
 COMMANDS = (
     "train", "sample", "bench", "bench prepare", "export", "merge",
-    "data", "data check", "data cache", "data pairs", "compare", "inspect", "list",
+    "data", "data check", "data cache", "data pairs", "compare", "inspect", "plan", "doctor", "list",
 )  # fmt: skip
 
 RECIPE = """\
