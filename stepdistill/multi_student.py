@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from stepdistill.data.parts import Part
     from stepdistill.families.base import ModelFamily
     from stepdistill.partition import Partition
-    from stepdistill.recipe import MultiStudentConfig, Recipe
+    from stepdistill.recipe import Recipe
+    from stepdistill.recipe_sections import MultiStudentConfig
     from stepdistill.run import RunResult
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from stepdistill.multi_student import Shared
     from stepdistill.objectives.base import InferenceSpec, Objective
     from stepdistill.player import Player
-    from stepdistill.recipe import Recipe, StageConfig
+    from stepdistill.recipe import Recipe
+    from stepdistill.recipe_sections import StageConfig
     from stepdistill.trainer import Progress, Trainer
 
 

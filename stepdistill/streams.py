@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from stepdistill.data.prompts import PromptSet
     from stepdistill.families.base import ModelFamily
     from stepdistill.objectives.base import Objective, Phase
-    from stepdistill.recipe import Recipe, StageConfig
+    from stepdistill.recipe import Recipe
+    from stepdistill.recipe_sections import StageConfig
 
 
 def all_phases(stage: StageConfig, objective: Objective) -> Iterator[Phase]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from stepdistill.denoiser import Denoiser
     from stepdistill.families.base import ModelFamily
     from stepdistill.objectives.base import InferenceSpec, Objective
-    from stepdistill.recipe import Recipe, StageConfig
+    from stepdistill.recipe import Recipe
+    from stepdistill.recipe_sections import StageConfig
     from stepdistill.run_folder import RunFolder
 
 

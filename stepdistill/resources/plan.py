@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from stepdistill.families.base import ModelFamily
     from stepdistill.player import Player
-    from stepdistill.recipe import Recipe, StageConfig
+    from stepdistill.recipe import Recipe
+    from stepdistill.recipe_sections import StageConfig
 
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # what an accelerator's driver and libraries take for themselves

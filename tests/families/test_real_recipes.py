@@ -17,7 +17,8 @@ from stepdistill.export.schedulers import family_scheduler
 from stepdistill.families import FAMILIES, load_family
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.base import Batch, InferenceSpec, Objective, Visited
-from stepdistill.recipe import Recipe, StageConfig, build_objective
+from stepdistill.recipe import Recipe, build_objective
+from stepdistill.recipe_sections import StageConfig
 from stepdistill.run import build_player, lora_settings, resolve_starts, trained_roles
 from stepdistill.sampling import student_samples
 from stepdistill.small_options import small_objective

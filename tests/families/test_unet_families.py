@@ -22,7 +22,7 @@ from stepdistill.families.tiny import SD_BETAS, tiny_pipeline
 from stepdistill.finish import in_memory, merged_network
 from stepdistill.objectives.base import Frozen, Trained
 from stepdistill.objectives.dmd2 import DMD2
-from stepdistill.recipe import StageConfig
+from stepdistill.recipe_sections import StageConfig
 from stepdistill.run import resolve_starts
 from tests.tiny import scramble, trainer_of
 

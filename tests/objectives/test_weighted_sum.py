@@ -23,7 +23,8 @@ from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.objectives.vsd import VSD
 from stepdistill.objectives.weighted_sum import Part, WeightedSum
 from stepdistill.options import plain_options
-from stepdistill.recipe import ObjectiveConfig, Recipe, build_objective
+from stepdistill.recipe import Recipe, build_objective
+from stepdistill.recipe_sections import ObjectiveConfig
 from stepdistill.run import train
 from tests.oracles.oracle import AT_08, Linear, Roles, four_signs, gaussian, linear_student
 from tests.tiny import tiny_recipe

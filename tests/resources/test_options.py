@@ -182,7 +182,7 @@ class TestOptimizer:
 
         if find_spec("bitsandbytes") is not None:
             pytest.skip("bitsandbytes is installed")
-        from stepdistill.recipe import OptimizerConfig
+        from stepdistill.recipe_sections import OptimizerConfig
 
         with pytest.raises(UserError, match=r"pip install 'stepdistill\[bitsandbytes\]'"):
             optimizer_class(OptimizerConfig(name="bitsandbytes.optim.PagedAdamW8bit"), "players.student.optimizer")

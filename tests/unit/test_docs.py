@@ -26,7 +26,7 @@ from stepdistill.cli_bench import MEASURE
 from stepdistill.cli_models import COMMA
 from stepdistill.families import FAMILIES
 from stepdistill.objectives import OBJECTIVES, resolve
-from stepdistill.recipe import PlayerConfig, StageConfig
+from stepdistill.recipe_sections import PlayerConfig, StageConfig
 from stepdistill.run import train
 
 

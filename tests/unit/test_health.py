@@ -38,7 +38,8 @@ from stepdistill.objectives.denoising import Denoising
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.prediction import add_noise
 from stepdistill.previews import Previews
-from stepdistill.recipe import HealthConfig, Recipe
+from stepdistill.recipe import Recipe
+from stepdistill.recipe_sections import HealthConfig
 from stepdistill.schedule import VPSchedule
 from stepdistill.trainer import Progress, TrainerSettings
 from tests.oracles.oracle import Linear, Roles, gaussian, label, linear_student

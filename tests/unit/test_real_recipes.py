@@ -197,7 +197,8 @@ def test_pairs_are_made_in_few_steps_unless_certain_timesteps_are_kept() -> None
 @pytest.mark.parametrize("name", REAL)
 def test_whole_recipes_are_small_ones_too(name: str) -> None:
     """What smoke tests play can be built: the shortened options are options of the same objectives."""
-    from stepdistill.recipe import ObjectiveConfig, build_objective
+    from stepdistill.recipe import build_objective
+    from stepdistill.recipe_sections import ObjectiveConfig
 
     for index, stage in enumerate(Recipe.load(name).stages):
         entry = small_objective(options_at(Recipe.load(name), index))

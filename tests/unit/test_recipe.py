@@ -13,15 +13,8 @@ import pytest
 
 from stepdistill.errors import UserError
 from stepdistill.options import build_dataclass
-from stepdistill.recipe import (
-    ObjectiveConfig,
-    OptimizerConfig,
-    PlayerConfig,
-    Recipe,
-    build_objective,
-    bundled_recipes,
-    optimizer_class,
-)
+from stepdistill.recipe import Recipe, build_objective, bundled_recipes, optimizer_class
+from stepdistill.recipe_sections import ObjectiveConfig, OptimizerConfig, PlayerConfig
 from stepdistill.recipe_text import parse_yaml
 
 
@@ -262,12 +255,13 @@ def test_a_key_that_is_younger_than_published_results_changes_no_fingerprint_unl
     base = load(write(MINIMAL))
     content = base.model_dump(mode="json", exclude={"output", "device", "health", "student", "multi_student"})
     del content["teacher_config"], content["teacher_loras"], content["export"]["lora_format"]
+    del content["attention"], content["memory"]
     for key in ("make_pairs", "buckets", "cache_folder", "workers"):
         del content["data"][key]
     plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert base.sha256 == hashlib.sha256(plain.encode()).hexdigest()
     for change in ("data.make_pairs={count: 4}", "multi_student={students: 2}", "teacher_loras=[{path: a}]",
-                   "teacher_config=a", "export.lora_format=both"):  # fmt: skip
+                   "teacher_config=a", "export.lora_format=both", "attention=math", "memory.base=bf16"):  # fmt: skip
         assert load(write(MINIMAL), change).sha256 != base.sha256, change
 
 
