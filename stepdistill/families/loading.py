@@ -227,14 +227,16 @@ def _merge_stock(pipeline: Any, path: str, scale: float) -> None:
 
 
 def _merge_peft(pipeline: Any, path: str, scale: float) -> None:
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+    from peft import LoraConfig, PeftConfig, PeftModel
 
     if not (Path(path) / PEFT_FILES[1]).is_file():
         raise UserError(f"teacher_loras: {path} has no {PEFT_FILES[1]}")
+    config = PeftConfig.from_pretrained(path)
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"teacher_loras: {path} holds a {config.peft_type}, no LoRA")
+    # What a layer adds is in proportion to its alpha.
+    config.lora_alpha *= scale
+    config.alpha_pattern = {layers: alpha * scale for layers, alpha in config.alpha_pattern.items()}
     component = "unet" if "unet" in pipeline.components else "transformer"
-    model = PeftModel.from_pretrained(pipeline.components[component], path)
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.scale_layer(scale)
+    model: Any = PeftModel.from_pretrained(pipeline.components[component], path, config=config)
     pipeline.register_modules(**{component: model.merge_and_unload()})
