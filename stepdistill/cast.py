@@ -297,7 +297,7 @@ class Cast:
 
     def _head(self, role: Head, seed: int, size: int | None) -> DenoiserHead:
         """Builds a head for features of the shapes that the teacher gives for one image of `size` pixels."""
-        layers = role.layers or self.family.feature_layers
+        layers = self._layers(role)
         example = next(self.family.network().parameters())
         x = torch.zeros(1, *self.family.latent_shape(size), dtype=example.dtype, device=example.device)
         null = self.family.null_condition(1).to(example.device, example.dtype)
@@ -308,6 +308,12 @@ class Cast:
             torch.manual_seed(seed)
             module = role.build([tuple(feature.shape[1:]) for feature in features])
         return DenoiserHead(module.to(x.device, torch.float32).requires_grad_(False), layers)
+
+    def _layers(self, role: Head) -> tuple[str, ...]:
+        """What a head looks at; the word "blocks" stands for the family's own choice at several depths."""
+        if tuple(role.layers) == ("blocks",):
+            return self.family.spread_layers
+        return tuple(role.layers) or self.family.feature_layers
 
     def _begin(self, starts: Mapping[str, RoleState], kinds: Mapping[str, str]) -> None:
         """Gives trained roles what they start from, and recorded ones the weights of the roles that they are like."""

@@ -25,7 +25,7 @@ def small_objective(entry: Mapping[str, Any]) -> dict[str, Any]:
     texts; and what comes later in a stage comes after the first iteration, so that it is tried too.
     """
     small = dict(entry)
-    if small.get("layers"):
+    if small.get("layers") not in (None, ["blocks"]):
         small["layers"] = []
     if small.get("distance") == "lpips":
         small |= {"distance": "l2", "lpips": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,15 @@ class ModelFamily(ABC):
     @abstractmethod
     def feature_layers(self) -> tuple[str, ...]:
         """The modules whose outputs a discriminator looks at, unless an objective names others."""
+
+    @property
+    def spread_layers(self) -> tuple[str, ...]:
+        """Modules at several depths, in the order of the pass: what a recipe means by `layers: [blocks]`.
+
+        Here the last block of each quarter of the network.
+        """
+        blocks = [name for name, _ in self.network().named_modules() if re.fullmatch(self.block_pattern, name)]
+        return tuple(dict.fromkeys(blocks[max(0, len(blocks) * quarter // 4 - 1)] for quarter in (1, 2, 3, 4)))
 
     @property
     def device(self) -> torch.device:

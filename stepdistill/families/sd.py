@@ -36,6 +36,10 @@ class StableDiffusion(ModelFamily):
     def feature_layers(self) -> tuple[str, ...]:
         return ("mid_block",)  # the bottleneck, as DMD2's code does
 
+    @property
+    def spread_layers(self) -> tuple[str, ...]:
+        return unet_layers(self.network_config)
+
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         output: Tensor = network(
             x_t, model_time, encoder_hidden_states=condition.tensors["prompt_embeds"],
@@ -81,3 +85,8 @@ def guidance_embedding(scale: Tensor, channels: int) -> Tensor:
     frequencies = torch.exp(torch.arange(channels // 2, dtype=torch.float32, device=w.device) * -spacing)
     angles = w[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def unet_layers(config: Any) -> tuple[str, ...]:
+    """The encoder's blocks, the bottleneck and the first block behind it: from edges to layouts, and half back."""
+    return (*(f"down_blocks.{i}" for i in range(len(config.down_block_types))), "mid_block", "up_blocks.0")

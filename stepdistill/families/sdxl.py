@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from stepdistill.condition import Condition
 from stepdistill.families.base import ModelFamily
-from stepdistill.families.sd import GUIDANCE_CHANNELS, GUIDANCE_WEIGHT, UNET_LORA_TARGETS, embedded_guidance
+from stepdistill.families.sd import (
+    GUIDANCE_CHANNELS,
+    GUIDANCE_WEIGHT,
+    UNET_LORA_TARGETS,
+    embedded_guidance,
+    unet_layers,
+)
 from stepdistill.families.smaller import Plan, unet_plan
 from stepdistill.framing import Framing
 from stepdistill.network_shape import NetworkShape
@@ -35,6 +41,10 @@ class StableDiffusionXL(ModelFamily):
     @property
     def feature_layers(self) -> tuple[str, ...]:
         return ("mid_block",)  # the bottleneck, as DMD2's code does
+
+    @property
+    def spread_layers(self) -> tuple[str, ...]:
+        return unet_layers(self.network_config)
 
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         pooled, ids = condition.tensors["pooled_prompt_embeds"], condition.tensors.get("time_ids")

@@ -56,7 +56,8 @@ class Head:
 
     Attributes:
         build: shapes of the features that it will get => the module, freshly initialised.
-        layers: which modules of the network give the features; empty: the family's own choice.
+        layers: which modules of the network give the features; empty: the family's own choice, one; "blocks" alone:
+            its choice at several depths.
     """
 
     build: Callable[[Sequence[FeatureShape]], nn.Module]

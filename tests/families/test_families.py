@@ -10,9 +10,12 @@ import pytest
 import torch
 from diffusers import DiTPipeline, StableDiffusionPipeline
 
+from stepdistill.cast import Cast
+from stepdistill.discriminator import Discriminator
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES, load_family
 from stepdistill.families.base import ModelFamily
+from stepdistill.objectives.base import Frozen, Head
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.prediction import add_noise
 from tests.tiny import LORA, PROMPTS, trainer_of, weights_of
@@ -45,6 +48,21 @@ def test_a_folder_is_loaded_as_what_its_index_says(sd: ModelFamily, dit: ModelFa
     assert sd.latent_shape() == dit.latent_shape() == (4, 8, 8)
     assert sd.latent_shape(32) == (4, 16, 16)
     assert (sd.kind, dit.kind) == ("epsilon", "epsilon")
+
+
+def test_layers_at_several_depths_are_parts_of_the_network_and_a_head_takes_them(
+    sd: ModelFamily, dit: ModelFamily, sd3_folder: str
+) -> None:
+    assert sd.spread_layers == ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0")
+    assert dit.spread_layers == ("transformer_blocks.0",)
+    sd3 = load_family(sd3_folder)
+    assert sd3.spread_layers == ("transformer_blocks.0.norm1", "transformer_blocks.1.norm1")
+    for family in (sd, dit, sd3):
+        head = Cast(family, {"teacher": Frozen(), "judge": Head(Discriminator, ("blocks",))}).head("judge")
+        x = torch.randn(2, *family.latent_shape())
+        logits = head(family.denoiser(), x, torch.full((2,), 0.5, dtype=torch.float64), family.null_condition(2))
+        assert logits.shape == (2, len(family.spread_layers))
+        assert logits.isfinite().all()
 
 
 def test_everything_is_frozen_in_eval_mode_and_float32(family: ModelFamily) -> None:
