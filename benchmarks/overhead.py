@@ -128,7 +128,7 @@ class Posteriors:
         self._captions = prompts.prompts
         self._mean = torch.randn(len(prompts), *family.latent_shape(), device=family.device)
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         """Draws around the means."""
         numbers = [n % len(self._captions) for n in range(start, start + count)]
         mean = self._mean[numbers]

@@ -73,6 +73,7 @@ def cache(
     from stepdistill.console import Display
     from stepdistill.families import load_family
     from stepdistill.recipe import Recipe, build_objective
+    from stepdistill.resources.apply import loading_types
     from stepdistill.streams import prepare
 
     hide_loading_bars()
@@ -84,7 +85,10 @@ def cache(
     folder = output or Path(recipe.data.cache_folder or CACHE_FOLDER)
     display = Display(None if quiet else open_console())
     display.say(f"loading {recipe.teacher}")
-    family = load_family(recipe.teacher, device=device_of(device or recipe.device), **recipe.teacher_options())
+    family = load_family(
+        recipe.teacher, dtype=loading_types(recipe.memory),  # as a run does, whose encoders have to be the same
+        device=device_of(device or recipe.device), **recipe.teacher_options(),
+    )  # fmt: skip
     family.at_size(recipe.data.size)
     try:
         prepare(recipe, objectives, family, folder, display)
@@ -132,12 +136,12 @@ def _check_recipe(recipe: Recipe, pixels: bool) -> Iterator[Checked]:
     yield check_prompts(data.prompts, count=data.count)
     if data.images is None:
         return
-    size, factor = data.size, 1
-    if size is None or data.buckets is not None:  # only the teacher knows its size and its autoencoder's
+    size, step = data.size, 1
+    if size is None or data.buckets is not None:  # only the teacher knows its size and its tokens'
         from stepdistill.families import load_family
 
         hide_loading_bars()
         family = load_family(recipe.teacher, **recipe.teacher_options())
-        size, factor = size or family.image_size, family.vae_factor
-    buckets = () if data.buckets is None else parse_buckets(data.buckets, size, factor)
+        size, step = size or family.image_size, family.pixel_step
+    buckets = () if data.buckets is None else parse_buckets(data.buckets, size, step)
     yield check_images(data.images, size, buckets=buckets, count=data.count, pixels=pixels)

@@ -1,10 +1,10 @@
-"""Folders that appear at once or not at all."""
+"""Files and folders that appear at once or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,21 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file that appears at once or not at all; two processes may write the same one.
+
+    Args:
+        path: the file.
+        write: is given another path in the same folder, and writes the file there.
+    """
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        write(new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _share(folder: Path) -> None:

@@ -85,13 +85,12 @@ def train_students(recipe: Recipe, *, resume: bool | None, console: Console | No
         UserError: as `stepdistill.run.train`, or the students were trained for different partitions.
         Interrupted: after SIGINT or SIGTERM; the same command goes on with the student that was in training.
     """
-    from accelerate import PartialState
-
+    from stepdistill.processes.launch import open_accelerator
     from stepdistill.run import RunResult, train_one
 
     config = recipe.multi_student
     assert config is not None, "the caller asks only if the recipe does"
-    processes = PartialState(cpu=recipe.device == "cpu")
+    processes = open_accelerator(recipe)  # says how long the others wait for the first, so before all else
     folder, display = RunFolder(Path(recipe.output)), Display(console)
     _check(recipe)
     if processes.is_main_process:

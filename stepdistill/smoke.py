@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from stepdistill.recipe import Recipe
 
 STEPS, BATCH, PROMPTS, PAIRS, PAIR_STEPS = 2, 2, 8, 8, 4
-SIDE = 32  # pixels of the pictures; whatever reads them resizes them
+SIDE = 512  # pixels of the pictures: the largest size of a tiny teacher, since smaller pictures would be left out
 TINY = "tiny:"
 # words in names of well-known checkpoints => family; the first that fits counts
 NAMES = (
-    (r"pixart", "pixart"), (r"sana", "sana"), (r"flux", "flux"), (r"\bdit\b|dit-", "dit"),
-    (r"stable-diffusion-3|sd-?3", "sd3"), (r"xl", "sdxl"),
+    (r"pixart.*sigma", "pixart_sigma"), (r"pixart", "pixart"), (r"sana", "sana"), (r"flux", "flux"),
+    (r"\bdit\b|dit-", "dit"), (r"stable-diffusion-3|sd-?3", "sd3"), (r"xl", "sdxl"),
     # Of Stable Diffusion 2 the 768-pixel models predict v, those called base and turbo epsilon.
     (r"stable-diffusion-2.*base|sd-?2.*base|turbo", "sd"), (r"stable-diffusion-2|sd-?2", "sd21"),
     (r"stable-diffusion|\bsd-?v?1|dreamshaper", "sd"),
@@ -74,7 +74,9 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
                               **dict.fromkeys(UNMEASURED)}  # fmt: skip
     content["export"]["lora_rank"] = min(4, recipe.export.lora_rank)
     if content["multi_student"] is not None:
-        content["multi_student"] |= {"students": min(2, content["multi_student"]["students"]), "sample": PROMPTS}
+        students, part = min(2, content["multi_student"]["students"]), content["multi_student"]["part"]
+        part = None if part is None else min(part, students - 1)
+        content["multi_student"] |= {"students": students, "sample": PROMPTS, "part": part}
     if content["student"]["shape"] is not None:
         # Numbers of layers and names of parts are those of the real network.
         content["student"]["shape"] = {"channels": 0.5}
@@ -99,7 +101,9 @@ def _small_data(recipe: Recipe, classes: bool, folder: Path) -> dict[str, Any]:
     texts = [str(i) if classes else chr(ord("a") + i) * (i % 3 + 1) for i in range(PROMPTS)]
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    data: dict[str, Any] = {"prompts": str(prompts), "count": PROMPTS, "size": None}
+    # Buckets are sizes of the real network, and what was prepared is of its encoders.
+    data: dict[str, Any] = {"prompts": str(prompts), "count": PROMPTS, "size": None, "buckets": None,
+                            "cache_folder": None}  # fmt: skip
     if recipe.data.images is not None:
         images = folder / "images"
         images.mkdir()
@@ -146,18 +150,18 @@ def _family_by_files(recipe: Recipe) -> str | None:
     import json
 
     from stepdistill.assets import resolve_bundled
-    from stepdistill.families import FAMILIES
+    from stepdistill.families import FAMILIES, family_class
 
     place = Path(resolve_bundled(recipe.teacher_config or recipe.teacher))
     index, scheduler = (_local_file(place, name) for name in ("model_index.json", "scheduler/scheduler_config.json"))
     if index is None:
         return None
-    where = FAMILIES.get(json.loads(index.read_text(encoding="utf-8")).get("_class_name"), "")
-    name = where.partition(":")[0].rpartition(".")[2]
+    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    name = family_class(kind).name if kind in FAMILIES else None
     predicts = {} if scheduler is None else json.loads(scheduler.read_text(encoding="utf-8"))
     if name == "sd" and predicts.get("prediction_type") == "v_prediction":
         return "sd21"
-    return name or None
+    return name
 
 
 def _local_file(place: Path, name: str) -> Path | None:

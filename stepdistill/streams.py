@@ -81,19 +81,20 @@ def open_images(
     from stepdistill.data.prepared import open_latents
     from stepdistill.data.prompts import PromptSet
 
-    data, family, processes = recipe.data, batches.family, batches.num_processes
+    data, family = recipe.data, batches.family
     images = open_image_set(recipe, family)
     display.say(images.summary())
     images = images if part is None else part.images(images, data.count)
     if data.cache_folder is not None:
         count = _number_of(images, recipe)
-        latents = open_latents(Path(data.cache_folder), family, images, count, num_processes=processes)
+        latents = open_latents(Path(data.cache_folder), family, images, count)
     elif not data.cache or data.count is None:
+        processes = batches.num_processes
         batches.latents = LatentsOnTheFly(family, images, num_processes=processes, workers=data.workers)
         return
     else:
         count = _number_of(images, recipe)
-        latents = LatentCache(folder.cache, family, images, count, num_processes=processes)
+        latents = LatentCache(folder.cache, family, images, count)
         with display.counting("encoding images") as done:
             latents.build(done)
     captions = PromptSet(tuple(dict.fromkeys(latents.captions)))
@@ -109,7 +110,7 @@ def open_image_set(recipe: Recipe, family: ModelFamily) -> ImageSet:
     data = recipe.data
     assert data.images is not None, "the caller asks only if the recipe does"
     size = data.size or family.image_size
-    buckets = () if data.buckets is None else parse_buckets(data.buckets, size, family.vae_factor)
+    buckets = () if data.buckets is None else parse_buckets(data.buckets, size, family.pixel_step)
     return load_images(data.images, size=size, buckets=buckets, count=data.count)
 
 

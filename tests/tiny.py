@@ -133,7 +133,7 @@ def picture_of(condition: Condition, shape: tuple[int, int, int]) -> Tensor:
 class PaintedLatents:
     """An images stream without images: noise with an offset, a function of the arguments alone."""
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         generator = torch.Generator().manual_seed(1000 * seed + start)
         captions = [PROMPTS[number % len(PROMPTS)] for number in range(start, start + count)]
         return LatentBatch(1.5 + 0.5 * torch.randn(count, 4, 8, 8, generator=generator), captions)

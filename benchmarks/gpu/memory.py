@@ -123,18 +123,19 @@ def recipe_of(name: str, work: Path, steps: int) -> Any:
     })  # fmt: skip
 
 
-def trainer_of(recipe: Any) -> Any:
-    """The recipe's own trainer, fed with random latents instead of images."""
+def trainer_of(recipe: Any) -> tuple[Any, Any]:
+    """The recipe's own trainer, fed with random latents instead of images, and the recipe with all its defaults."""
     from benchmarks.overhead import Posteriors
     from stepdistill.console import Display
     from stepdistill.data.cache import EncodedTexts
+    from stepdistill.processes.launch import open_accelerator
     from stepdistill.run import _Run
     from stepdistill.run_folder import RunFolder
     from stepdistill.streams import open_batches
 
     recipe = recipe.resolved()
     folder = RunFolder(Path(recipe.output), keep=1)
-    run = _Run(recipe, folder, Display(None), None)
+    run = _Run(recipe, folder, Display(None), None, open_accelerator(recipe))
     run.batches = open_batches(recipe, run.objectives, run.family, folder, accelerator=run.accelerator,
                                display=run.display)  # fmt: skip
     run.batches.conditions.build()

@@ -62,7 +62,7 @@ class Batches:
         parts = self.num_processes // groups
         start = (number * parts + self.rank) * count
         if stream == "images":
-            return self._images(start, count)
+            return self._images(start, count, parts)
         if stream == "pairs":
             return self._pairs(start, count)
         if stream == "states":
@@ -75,10 +75,10 @@ class Batches:
         """Goes on after a checkpoint."""
         self.drawn = dict(drawn)
 
-    def _images(self, start: int, count: int) -> Batch:
+    def _images(self, start: int, count: int, parts: int) -> Batch:
         if self.latents is None:
             raise UserError('this objective learns from images: set data.images to "shapes" or to a folder')
-        found = self.latents.batch(self.seed, start, count)
+        found = self.latents.batch(self.seed, start, count, parts=parts)
         encode = self.encode or self.family.encode_prompts
         batch = self._batch(encode(found.captions), found.latents.float(), tuple(found.captions))
         if found.framings is None:

@@ -20,31 +20,31 @@ STEP = 64  # pixels; SDXL's own sizes (arXiv 2307.01952, appendix I) are multipl
 _SIZE = re.compile(r"^(\d+)x(\d+)$")
 
 
-def parse_buckets(given: str | Sequence[str], size: int, vae_factor: int) -> tuple[Size, ...]:
+def parse_buckets(given: str | Sequence[str], size: int, step: int) -> tuple[Size, ...]:
     """What a recipe says about buckets => their sizes.
 
     Args:
         given: "auto" for eleven common aspect ratios from 1:2 to 2:1 at the area of a square, or sizes as width x
             height, such as 832x1216.
         size: side of the square in pixels.
-        vae_factor: pixels per latent pixel, of which every side has to be a multiple.
+        step: pixels of which every side has to be a multiple; see `ModelFamily.pixel_step`.
 
     Raises:
-        UserError: a size that is malformed or does not fit the autoencoder.
+        UserError: a size that is malformed or does not fit the networks.
     """
     if given == AUTO:
         from diffusers.training_utils import generate_aspect_ratio_buckets
 
-        return tuple(Size(*pair) for pair in generate_aspect_ratio_buckets(size, lcm(STEP, vae_factor)))
+        return tuple(Size(*pair) for pair in generate_aspect_ratio_buckets(size, lcm(STEP, step)))
     found = []
     for text in given:
         match = _SIZE.match(text)
         if match is None:
             raise UserError(f"data.buckets: {text!r} is no size; write width x height like 832x1216, or auto for all")
         width, height = int(match[1]), int(match[2])
-        if width < 1 or height < 1 or width % vae_factor or height % vae_factor:
-            raise UserError(f"data.buckets: {text}: both sides have to be multiples of {vae_factor} pixels, which the "
-                            "teacher's autoencoder makes one latent pixel of")  # fmt: skip
+        if width < 1 or height < 1 or width % step or height % step:
+            raise UserError(f"data.buckets: {text}: both sides have to be multiples of {step} pixels, into which the "
+                            "teacher's networks divide an image")  # fmt: skip
         found.append(Size(height, width))
     if not found:
         raise UserError("data.buckets: is empty; write sizes like 832x1216, auto, or null for squares")

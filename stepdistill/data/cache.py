@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 
 from stepdistill.condition import Condition
 from stepdistill.errors import UserError
+from stepdistill.files import write_whole
 
 
 if TYPE_CHECKING:
@@ -146,9 +146,7 @@ class ConditionCache:
         }  # fmt: skip
         for stale in self.folder.glob("shard-*.safetensors"):
             stale.unlink()  # of another fingerprint with the same first digits
-        new = self._aside(INDEX)
-        new.write_text(json.dumps(facts, indent=2) + "\n")
-        new.replace(file)
+        write_whole(file, lambda new: new.write_text(json.dumps(facts, indent=2) + "\n"))
 
     def _numbers(self, shard: int) -> range:
         first = shard * self._shard_size
@@ -156,10 +154,6 @@ class ConditionCache:
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.safetensors"
-
-    def _aside(self, name: str) -> Path:
-        # One name per process: two runs may build the same cache, the later one replaces equal by equal.
-        return self.folder / f".{name}.{os.getpid()}.new"
 
     def _is_finished(self, shard: int) -> bool:
         try:
@@ -178,13 +172,9 @@ class ConditionCache:
         return Condition.cat(parts)
 
     def _write_shard(self, shard: int, condition: Condition) -> None:
-        new = self._aside(self._path(shard).name)
-        try:
-            tensors = {name: tensor.contiguous() for name, tensor in condition.tensors.items()}
-            save_file(tensors, new, metadata={"fingerprint": self.fingerprint})
-            new.replace(self._path(shard))
-        finally:
-            new.unlink(missing_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in condition.tensors.items()}
+        header = {"fingerprint": self.fingerprint}
+        write_whole(self._path(shard), lambda new: save_file(tensors, new, metadata=header))
 
     def _shard(self, shard: int) -> dict[str, Tensor]:
         """Tensors of one shard, (prompts, ...): memory maps, so only the rows that are read come from disk."""

@@ -10,7 +10,6 @@ each image its caption, its size, its row and how it was cut out of its original
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +27,7 @@ from stepdistill.data.prompts import epoch_indices
 from stepdistill.data.reading import ReadAhead
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
+from stepdistill.files import write_whole
 from stepdistill.framing import Framing, Size
 
 
@@ -48,8 +48,8 @@ class LatentBatch(NamedTuple):
 class Latents(Protocol):
     """Where the trainer gets encoded images from."""
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
-        """Samples `start` to `start + count - 1` of a run."""
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
+        """Samples `start` to `start + count - 1` of a run, one of the `parts` of a micro-batch."""
 
 
 class LatentsOnTheFly:
@@ -58,7 +58,7 @@ class LatentsOnTheFly:
     Args:
         family: the loaded teacher, whose autoencoder is used.
         images: what to encode.
-        num_processes: how many share a group of one bucket.
+        num_processes: how many draw at the same time, which says what comes next.
         workers: threads that read images ahead.
     """
 
@@ -69,17 +69,17 @@ class LatentsOnTheFly:
         if images.buckets and images.length is not None:
             self._order = BucketOrder([images.framing(i).target for i in range(images.length)])
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         """Reads and encodes the images of these samples."""
-        indices = self._indices(seed, start, count)
-        read = self._reader.read(indices, self._indices(seed, start + count * self._num_processes, count))
+        indices = self._indices(seed, start, count, parts)
+        read = self._reader.read(indices, self._indices(seed, start + count * self._num_processes, count, parts))
         framings = None if self._order is None else [self._images.framing(i) for i in indices]
         return LatentBatch(self._family.encode_images(read.images), read.captions, framings)
 
-    def _indices(self, seed: int, start: int, count: int) -> list[int]:
+    def _indices(self, seed: int, start: int, count: int, parts: int) -> list[int]:
         if self._order is None:
             return self._images.indices(seed, start, count)
-        return grouped(self._order, seed, start, count, self._num_processes)
+        return grouped(self._order, seed, start, count, parts)
 
 
 class LatentCache:
@@ -91,7 +91,6 @@ class LatentCache:
         images: what to encode.
         count: how many.
         shard_size: images per file; an interrupted build goes on after the last whole file.
-        num_processes: how many share a group of one bucket.
 
     Attributes:
         facts: what determines the files, by name.
@@ -100,9 +99,8 @@ class LatentCache:
     """
 
     def __init__(
-        self, folder: Path, family: ModelFamily, images: ImageSet, count: int, *, shard_size: int = 1024,
-        num_processes: int = 1,
-    ) -> None:  # fmt: skip
+        self, folder: Path, family: ModelFamily, images: ImageSet, count: int, *, shard_size: int = 1024
+    ) -> None:
         vae = family.pipeline.vae
         self.facts: dict[str, Any] = {
             "format": FORMAT, "images": images.fingerprint, "size": images.size, "count": count, "shard": shard_size,
@@ -112,7 +110,6 @@ class LatentCache:
         self.fingerprint = fingerprint_of(self.facts)
         self.folder = folder / self.fingerprint[:16]
         self._family, self._images, self._count, self._shard_size = family, images, count, shard_size
-        self._num_processes = num_processes
         self._entries: list[dict[str, Any]] = []
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._order: BucketOrder | None = None
@@ -151,12 +148,12 @@ class LatentCache:
         """Of all images, by number."""
         return tuple(entry["caption"] for entry in self._entries)
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         """Draws from the posteriors of these samples, on the autoencoder's device."""
         if self._order is None:
             indices = epoch_indices(seed, start, count, self._count)
         else:
-            indices = grouped(self._order, seed, start, count, self._num_processes)
+            indices = grouped(self._order, seed, start, count, parts)
         mean, std = (self._rows(name, indices).to(self._family.device) for name in ("mean", "std"))
         entries = [self._entries[i] for i in indices]
         framings = None if self._order is None else [_framing(entry) for entry in entries]
@@ -194,11 +191,11 @@ class LatentCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             index = {"fingerprint": self.fingerprint, "facts": self.facts}
-            _replace(self.folder / INDEX, lambda new: new.write_text(json.dumps(index, indent=2) + "\n"))
+            write_whole(self.folder / INDEX, lambda new: new.write_text(json.dumps(index, indent=2) + "\n"))
             header = {"fingerprint": self.fingerprint}
-            _replace(self._path(shard, "safetensors"), lambda new: save_file(tensors, new, metadata=header))
+            write_whole(self._path(shard, "safetensors"), lambda new: save_file(tensors, new, metadata=header))
             # The entries come last: a shard counts as whole only when both files are.
-            _replace(self._path(shard, "json"), lambda new: new.write_text(json.dumps(entries)))
+            write_whole(self._path(shard, "json"), lambda new: new.write_text(json.dumps(entries)))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.folder}: encoded images cannot be written ({error}); make room, or set "
                             "data.cache: false") from error  # fmt: skip
@@ -228,9 +225,9 @@ class LatentCache:
         return tensors, [entries[number] for number in numbers]
 
 
-def grouped(order: BucketOrder, seed: int, start: int, count: int, num_processes: int) -> list[int]:
-    """The samples that one process takes of a group that all of them share, so that the group has one shape."""
-    together = count * num_processes
+def grouped(order: BucketOrder, seed: int, start: int, count: int, parts: int) -> list[int]:
+    """The samples that one process takes of a micro-batch that several share, so that all of it has one shape."""
+    together = count * parts
     number, offset = divmod(start, together)
     return order.group(seed, number, together)[offset : offset + count]
 
@@ -242,13 +239,3 @@ def _key(name: str, size: Size) -> str:
 def _framing(entry: dict[str, Any]) -> Framing:
     top, left = entry["crop"]
     return Framing(Size(*entry["original"]), (top, left), Size(*entry["size"]))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file that appears at once or not at all; two runs may write the same one."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        write(new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from stepdistill.data.pairs import differences
 from stepdistill.data.prompts import PromptSet
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
+from stepdistill.files import write_whole
 
 
 Progress = Callable[[int, int], None]
@@ -62,12 +63,19 @@ def prepare_conditions(
         family: the loaded teacher.
         texts: also repeated ones, which are encoded once.
         progress: is told how far it is.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
     """
     known = PromptSet(tuple(dict.fromkeys(texts)))
     cache = ConditionCache(folder / CONDITIONS, family, known)
     cache.build(progress)
     # Last, since a cache without its texts counts as unfinished.
-    (cache.folder / TEXTS).write_text(json.dumps(known.prompts))
+    try:
+        write_whole(cache.folder / TEXTS, lambda new: new.write_text(json.dumps(known.prompts)))
+    except OSError as error:
+        raise UserError(f"{cache.folder}: the texts of encoded prompts cannot be written ({error}); free some space "
+                        "and run the same command again, what is finished is kept") from error  # fmt: skip
     return cache
 
 
@@ -95,15 +103,13 @@ def open_conditions(folder: Path, family: ModelFamily, prompts: PromptSet) -> Pr
     raise _refusal(folder, "encoded prompts", lacking or refused)
 
 
-def open_latents(
-    folder: Path, family: ModelFamily, images: ImageSet, count: int, *, num_processes: int = 1
-) -> LatentCache:
+def open_latents(folder: Path, family: ModelFamily, images: ImageSet, count: int) -> LatentCache:
     """The prepared encodings of a run's images.
 
     Raises:
         UserError: there are none, another autoencoder made them, or they are of other images.
     """
-    cache = LatentCache(folder / LATENTS, family, images, count, num_processes=num_processes)
+    cache = LatentCache(folder / LATENTS, family, images, count)
     if cache.folder.is_dir():
         cache.open()
         return cache

@@ -133,7 +133,8 @@ class StockSampler:
         if self._denoiser.even_sigmas:
             options["sigmas"] = even_sigmas(self._steps)
         if scheduler.config.get("use_dynamic_shifting") and isinstance(schedule, FlowSchedule):
-            options["mu"] = log(schedule.shift)
+            linear = scheduler.config.get("time_shift_type") == "linear"  # the other kind is the exponential
+            options["mu"] = schedule.shift if linear else log(schedule.shift)
         scheduler.set_timesteps(self._steps, device=device, **options)
 
 

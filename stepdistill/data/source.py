@@ -72,7 +72,7 @@ class Source:
         """
         found: list[Path] = []
         for name in _ranges(self.place):
-            if not re.search(r"[*\[]", name):
+            if not re.search(r"[*\[]", name) or Path(name).exists():  # a name may have brackets in it
                 found.append(Path(name))
                 continue
             # pathlib's own patterns are relative, and a pattern may begin with a root

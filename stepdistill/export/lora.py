@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 KOHYA_FILE = "kohya_lora.safetensors"
 
+# Reading kohya's names, Diffusers takes the numbers off those of these two layers of SDXL, unless they are named as in
+# SDXL's own code, which other programs know as well.
+SDXL_NAMES = {"lora_unet_add_embedding_linear_1": "lora_unet_label_emb_0_0",
+              "lora_unet_add_embedding_linear_2": "lora_unet_label_emb_0_2"}  # fmt: skip
+
 Naming = Literal["diffusers", "kohya", "both"]
 
 
@@ -219,4 +224,8 @@ def _save_kohya(layers: Mapping[str, Tensor], rank: int, file: Path) -> None:
     # What these programs show of a file, and what they know a LoRA by.
     facts = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
              "ss_network_alpha": str(rank)}  # fmt: skip
-    save_file({key: tensor.float().contiguous() for key, tensor in renamed.items()}, file, metadata=facts)
+    tensors = {}
+    for key, tensor in renamed.items():
+        layer, _, part = key.partition(".")
+        tensors[f"{SDXL_NAMES.get(layer, layer)}.{part}"] = tensor.float().contiguous()
+    save_file(tensors, file, metadata=facts)

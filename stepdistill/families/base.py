@@ -202,6 +202,11 @@ class ModelFamily(ABC):
         return int(2 ** (len(self.pipeline.vae.config.block_out_channels) - 1))
 
     @property
+    def pixel_step(self) -> int:
+        """Pixels of which the sides of images have to be multiples: those of one token, or of one latent pixel."""
+        return self.vae_factor * int(self.network_config.get("patch_size") or 1)
+
+    @property
     def latent_shift(self) -> float:
         """What the stock pipeline adds to a latent, after undoing its scaling, before it is decoded."""
         return 0.0

@@ -102,6 +102,10 @@ class Flux(ModelFamily):
         return (f"transformer_blocks.{int(self.network_config.num_layers) // 2}.norm1",)
 
     @property
+    def pixel_step(self) -> int:
+        return self.vae_factor * PATCH  # which the configuration does not name: latents come packed
+
+    @property
     def latent_shift(self) -> float:
         return float(self.pipeline.vae.config.shift_factor or 0.0)
 
@@ -146,7 +150,7 @@ class Flux(ModelFamily):
         return packed(latents)
 
     def _side_of(self, size: int) -> int:
-        step = self.vae_factor * PATCH
+        step = self.pixel_step
         if size % step:
             raise UserError(f"data.size: {size} pixels are no whole number of FLUX's tokens, which are {step} pixels "
                             f"wide; take {max(size // step, 1) * step}")  # fmt: skip

@@ -62,7 +62,7 @@ def check_launch(recipe: Recipe, num_processes: int, *, shard: bool) -> None:
                         f"one of its own; use --num-processes {devices}")  # fmt: skip
     _check_device(recipe)
     if shard:
-        _check_precision(recipe)
+        _check_divided(recipe)
     shares(recipe, num_processes, sharded=shard)
 
 
@@ -155,10 +155,17 @@ def _check_request(recipe: Recipe) -> None:
         raise UserError("FSDP with parameters in the CPU's memory is not supported; leave out --fsdp_offload_params")
     if launched() and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise UserError("every process loads the teacher itself; add --fsdp_cpu_ram_efficient_loading false")
-    _check_precision(recipe)
+    _check_divided(recipe)
 
 
-def _check_precision(recipe: Recipe) -> None:
+def _check_divided(recipe: Recipe) -> None:
+    """What a recipe may ask for and divided networks cannot do."""
     if recipe.precision == "fp16":
         raise UserError(f"{recipe.where('precision')}: fp16 scales its losses, which divided networks do not support; "
                         "use bf16 or fp32")  # fmt: skip
+    if recipe.memory.channels_last:
+        raise UserError(f"{recipe.where('memory.channels_last')}: networks can be divided in torch's own memory "
+                        "layout only; use channels_last: false")  # fmt: skip
+    if recipe.memory.compile:
+        raise UserError(f"{recipe.where('memory.compile')}: the blocks of divided networks are gathered while they "
+                        "compute, which is not compiled; use compile: false")  # fmt: skip

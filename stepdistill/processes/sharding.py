@@ -108,13 +108,18 @@ def carried(network: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a divided tensor; all processes have to ask for it. Any other tensor is returned as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # What waits in the host's memory is gathered on the device: the processes may be joined there alone.
+    there: Any = tensor.to(tensor.device_mesh.device_type)
+    found: Tensor = there.full_tensor()
+    return found
 
 
 def gathered(tree: Any) -> Any:
     """Nested dicts, lists and tuples with every divided tensor made whole, on the CPU."""
     if isinstance(tree, DTensor):
-        return tree.full_tensor().detach().cpu()
+        return whole(tree).detach().cpu()
     if isinstance(tree, Mapping):
         return {key: gathered(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

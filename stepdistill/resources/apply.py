@@ -192,7 +192,7 @@ def settings_of(recipe: Recipe) -> Iterator[None]:
     if recipe.memory.tf32:
         torch.set_float32_matmul_precision("high")
     try:
-        with chosen_attention(recipe.attention):
+        with chosen_attention(recipe.attention, alone=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -37,6 +37,8 @@ BACKENDS: Mapping[str, SDPBackend] = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# What stands in for a kernel where it cannot compute, in torch's own order.
+NEXT: Mapping[str, tuple[str, ...]] = {"flash": ("efficient", "math"), "efficient": ("math",), "math": ()}
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "sdpa": ("flash", "efficient", "cudnn", "math"),
     "flash": ("flash",),
@@ -72,12 +74,19 @@ def kernels_of(work: Callable[[], object]) -> dict[str, int]:
 
 
 @contextmanager
-def chosen_attention(choice: Attention) -> Iterator[None]:
-    """Inside, torch's attention may take the chosen kernel alone; auto, sdpa and xformers leave it to torch."""
+def chosen_attention(choice: Attention, *, alone: bool = True) -> Iterator[None]:
+    """Inside, torch's attention takes the chosen kernel; auto, sdpa and xformers leave it to torch.
+
+    Args:
+        choice: of the recipe.
+        alone: nothing stands in for it. Not while training: text encoders in float32 and autoencoders with wide heads,
+            which the choice is not about, may need another.
+    """
     if choice not in BACKENDS:
         yield
         return
-    with sdpa_kernel(BACKENDS[choice]):
+    others = () if alone else NEXT[choice]
+    with sdpa_kernel([BACKENDS[name] for name in (choice, *others)]):
         yield
 
 

@@ -148,6 +148,13 @@ def test_dividing_networks_needs_several_processes_and_no_fp16(recipe: Path) -> 
     assert "use bf16 or fp32" in refusal(str(recipe), "precision=fp16", "--shard", "--num-processes", "2")
 
 
+@pytest.mark.parametrize("option", ["channels_last", "compile"])
+def test_dividing_networks_leaves_their_layout_and_code_alone(recipe: Path, option: str) -> None:
+    told = refusal(str(recipe), f"memory.{option}=true", "--shard", "--num-processes", "2")
+    assert f"memory.{option}: " in told
+    assert f"use {option}: false" in told
+
+
 def test_processes_that_accelerate_has_started_start_no_others(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "accelerate has started several processes already" in refusal(str(recipe), "--num-processes", "2")

@@ -40,6 +40,8 @@ def recipe_of(**changes: Any) -> Recipe:
         ("stabilityai/sdxl-turbo", "sdxl"),
         ("stabilityai/stable-diffusion-3.5-large-turbo", "sd3"),
         ("facebook/DiT-XL-2-256", "dit"),
+        ("PixArt-alpha/PixArt-XL-2-512x512", "pixart"),
+        ("PixArt-alpha/PixArt-Sigma-XL-2-512-MS", "pixart_sigma"),
         ("tiny:sd3", "sd3"),
     ],
 )

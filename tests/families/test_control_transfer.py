@@ -33,7 +33,7 @@ LORA = LoraSettings(rank=8, alpha=8.0, targets=("conv_in", "conv_out", "conv1", 
 class StyleLatents:
     """An images stream of one style: nearly constant latents, whatever the caption."""
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         generator = torch.Generator().manual_seed(1000 * seed + start)
         captions = [PROMPTS[number % len(PROMPTS)] for number in range(start, start + count)]
         return LatentBatch(STYLE + SPREAD * torch.randn(count, 4, 8, 8, generator=generator), captions)

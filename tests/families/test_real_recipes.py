@@ -95,7 +95,7 @@ def play(
     """All steps => the trained roles' weights, what was logged, and the roles that have moved."""
     accelerator = Accelerator(cpu=True)
     cast = Cast(family, objective.roles(), lora=lora_settings(stage, objective, family),
-                starts=resolve_starts(stage, starts), checkpointing=stage.checkpointing)  # fmt: skip
+                starts=resolve_starts(stage, starts, family), checkpointing=stage.checkpointing)  # fmt: skip
     players = {name: build_player(name, cast, stage, objective, accelerator) for name in cast.trained}
     before = {name: {k: p.detach().clone() for k, p in cast.parameters(name).items()} for name in players}
     seen: dict[str, float] = {}

@@ -130,7 +130,7 @@ def test_latents_are_shifted_and_scaled_wherever_they_come_from(sd3: ModelFamily
 class TwoPictures:
     """An image source of two images."""
 
-    fingerprint, size, length = "two pictures", 16, 2
+    fingerprint, size, length, buckets = "two pictures", 16, 2, ()
 
     def __init__(self, images: Tensor) -> None:
         self._images = images

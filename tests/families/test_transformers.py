@@ -336,7 +336,7 @@ class Pictures:
     def __init__(self, family: ModelFamily) -> None:
         self._family = family
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         generator = torch.Generator().manual_seed(1000 * seed + start)
         texts = [texts_of(self._family)[number % 2] for number in range(start, start + count)]
         return LatentBatch(torch.randn(count, *self._family.latent_shape(), generator=generator), texts)

@@ -50,7 +50,7 @@ RESUMED = ("lora", "sharded")
 class NumberedLatents:
     """An images stream in which every sample is a function of its number alone."""
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         numbers = range(start, start + count)
         rows = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1000 * seed + n)) for n in numbers]
         return LatentBatch(1.5 + 0.5 * torch.stack(rows), [PROMPTS[n % len(PROMPTS)] for n in numbers])

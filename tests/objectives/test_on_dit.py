@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Pictures:
     """An images stream without images, of classes."""
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         generator = torch.Generator().manual_seed(1000 * seed + start)
         classes = [CLASSES[number % len(CLASSES)] for number in range(start, start + count)]
         return LatentBatch(torch.randn(count, 4, 8, 8, generator=generator), classes)

@@ -315,7 +315,7 @@ def test_each_phase_leaves_gradients_on_its_own_roles_only() -> None:
 class Pictures:
     """Stands in for encoded images."""
 
-    def batch(self, seed: int, start: int, count: int) -> LatentBatch:
+    def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         latents = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(start))
         return LatentBatch(latents, [PROMPTS[i % len(PROMPTS)] for i in range(start, start + count)])
 

@@ -21,7 +21,7 @@ from stepdistill.families import load_family
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.recipe import Recipe, optimizer_class
 from stepdistill.resources.apply import check_options, loading_types, prepare_cast, prepare_teacher, settings_of
-from stepdistill.resources.attention import check_kernels, kernels_of, probe, usable_xformers
+from stepdistill.resources.attention import check_kernels, chosen_attention, kernels_of, probe, usable_xformers
 from stepdistill.resources.config import MemoryConfig
 from stepdistill.resources.offload import offload_states
 from stepdistill.run import train
@@ -210,6 +210,14 @@ class TestAttention:
             pytest.skip("this machine has the kernel")
         with pytest.raises(UserError, match="efficient cannot compute it on this device"):
             probe(self.attend(), "efficient", "it")
+
+    def test_what_the_kernel_cannot_compute_goes_to_others_in_training(self, sd_folder: str, tmp_path: Path) -> None:
+        mask = torch.zeros(1, 2, 16, 16, requires_grad=True)  # flash takes no mask with a gradient
+        with pytest.raises(RuntimeError), chosen_attention("flash"):
+            self.attend(mask)()
+        with settings_of(recipe_of(sd_folder, tmp_path, attention="flash")):
+            assert kernels_of(self.attend(mask)) == {"math": 1}
+            assert kernels_of(self.attend()) == {"flash": 1}
 
     def test_a_pass_without_attention_is_no_success(self) -> None:
         with pytest.raises(UserError, match="came by no attention kernel"):

@@ -25,7 +25,7 @@ LORA = {"lora": {"rank": 2}}
 
 
 def recipe_of(folder: str, tmp_path: Path, objective: dict[str, Any], **changes: Any) -> Recipe:
-    """One stage of an objective, two micro-batches of two samples."""
+    """One stage of an objective, a micro-batch of two samples."""
     players = changes.pop("players", {"default": {"optimizer": {"lr": 1e-3}}})
     stage = {"objective": objective, "steps": 2, "batch_size": 2, "players": players, **changes.pop("stage", {})}
     return Recipe.from_mapping(tiny_recipe(folder, tmp_path / "run", stages=[stage], **changes))

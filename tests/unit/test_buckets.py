@@ -120,13 +120,15 @@ def test_a_cached_latent_is_that_of_its_image(family, folder: Path, tmp_path: Pa
 def test_processes_share_a_group_of_one_bucket(family, folder: Path) -> None:
     images = load_images(folder, size=16, buckets=BUCKETS)
 
-    def draw(rank: int, processes: int, count: int) -> list[tuple[str, ...]]:
+    def draw(rank: int, processes: int, count: int, groups: int = 1) -> list[tuple[str, ...]]:
         latents = LatentsOnTheFly(family, images, num_processes=processes)
         source = batches(family, latents, rank=rank, num_processes=processes)
-        return [source.next("images", count).prompts for _ in range(8)]
+        return [source.next("images", count, groups).prompts for _ in range(8 // groups)]
 
     whole, first, second = draw(0, 1, 2), draw(0, 2, 1), draw(1, 2, 1)
     assert [a + b for a, b in zip(first, second, strict=True)] == whole
+    ranks = [draw(rank, 4, 1, groups=2) for rank in range(4)]  # two micro-batches at a time, each of two processes
+    assert [part for a, b, c, d in zip(*ranks, strict=True) for part in (a + b, c + d)] == whole
 
 
 def test_the_network_is_told_how_images_were_cut_out(family, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
