@@ -54,7 +54,7 @@ class EveryStream:
     family: ModelFamily
     drawn: dict[str, int] = field(default_factory=dict)
 
-    def next(self, stream: str, count: int) -> Batch:
+    def next(self, stream: str, count: int, groups: int = 1) -> Batch:
         number = self.drawn[stream] = self.drawn.get(stream, 0) + 1
         generator = torch.Generator().manual_seed(number)
         shape = self.family.latent_shape()

@@ -25,6 +25,7 @@ from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families.base import ModelFamily
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.finish import merged_network
+from stepdistill.framing import Framing, Size, framing_of
 from stepdistill.objectives.base import Frozen, Head, Trained
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.prediction import add_noise
@@ -137,6 +138,9 @@ class TwoPictures:
 
     def batch(self, indices: Any) -> ImageBatch:
         return ImageBatch(self._images[list(indices)], [PROMPTS[i] for i in indices])
+
+    def framing(self, index: int) -> Framing:
+        return framing_of(Size(16, 16), Size(16, 16))
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])

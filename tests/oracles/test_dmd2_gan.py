@@ -202,7 +202,7 @@ def test_without_weight_the_classification_leaves_the_critic_its_pure_denoising_
     for options in ({}, {"gan_weight": 0.1, "discriminator_weight": 0.0}, {"gan_weight": 0.1}):
         trainer = game(load_family(sd_folder), DMD2(guidance=2.0, **options))
         batch = trainer.batches.next("images", 2)
-        trainer.batches.next = lambda stream, count, batch=batch: batch  # type: ignore[method-assign]
+        trainer.batches.next = lambda stream, count, groups, batch=batch: batch  # type: ignore[method-assign]
         torch.manual_seed(3)
         trainer._run_phase(trainer.objective.phases(0)[0], 0)
         ends.append(trainer.cast.state("critic").tensors)
@@ -218,7 +218,7 @@ def test_features_of_the_frozen_teacher_leave_the_critic_its_pure_denoising_upda
     for options in ({}, {"gan_weight": 0.1, "features": "teacher", "discriminator_weight": 1.0}):
         trainer = game(load_family(sd_folder), DMD2(guidance=2.0, **options))
         batch = trainer.batches.next("images", 2)
-        trainer.batches.next = lambda stream, count, batch=batch: batch  # type: ignore[method-assign]
+        trainer.batches.next = lambda stream, count, groups, batch=batch: batch  # type: ignore[method-assign]
         torch.manual_seed(3)
         trainer._run_phase(trainer.objective.phases(0)[0], 0)
         ends.append(trainer.cast.state("critic").tensors)

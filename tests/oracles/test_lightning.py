@@ -321,7 +321,7 @@ def test_only_the_first_half_of_the_encoder_is_trained(sd_folder: str) -> None:
 def test_over_a_few_turns_on_one_batch_each_player_lowers_its_own_loss(sd_folder: str) -> None:
     trainer = game(sd_folder, Lightning((999, 499)), player={"options": {"lr": 1e-2}})
     batch = trainer.batches.next("images", 2)
-    trainer.batches.next = lambda stream, count: batch  # type: ignore[method-assign]
+    trainer.batches.next = lambda stream, count, groups: batch  # type: ignore[method-assign]
     critic, student = trainer.objective.phases(0)
     for phase, name in ((critic, "discriminator"), (student, "adversarial")):
         losses = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -111,7 +112,16 @@ class TestCompile:
         assert found[0].shape[0] == 2
 
 
+@pytest.fixture
+def new_precision() -> Iterator[None]:
+    """accelerate keeps one precision per process, so it has to be forgotten before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 class TestBase:
+    @pytest.mark.usefixtures("new_precision")
     def test_a_half_precision_base_trains_adapters_in_float32(self, sd_folder: str, tmp_path: Path) -> None:
         recipe = recipe_of(sd_folder, tmp_path, memory={"base": "bf16"}, precision="bf16",
                            export={"pipeline": True, "lora": True})  # fmt: skip

@@ -198,7 +198,7 @@ class TestPlan:
         assert twice.peak_bytes > once.peak_bytes
 
     def test_a_single_file_is_refused_with_what_to_do(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"single file.*teacher=owner/name"):
+        with pytest.raises(UserError, match=r"single file.*teacher_config=owner/name"):
             plan(recipe_of("model.safetensors", tmp_path, {"name": "vsd"}))
 
 

@@ -90,6 +90,8 @@ def test_every_command_in_the_documentation_is_understood() -> None:
     for where, words in found:
         if words[0] == "stepdistill":
             check_own_command(where, words[1:])
+        elif words[0] == "accelerate":
+            check_own_command(where, words[words.index("stepdistill") + 1 :])
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file(), f"{where}: there is no {words[1]}"
         else:
