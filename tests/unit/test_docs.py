@@ -67,7 +67,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     for where, content in blocks("bash"):
         for line in content.replace("\\\n", " ").splitlines():
             for command in line.split("&&"):
-                words = shlex.split(command)
+                words = shlex.split(command, comments=True)
+                if not words:
+                    continue
                 yield where, list(itertools.dropwhile(lambda word: re.match(r"^[A-Z]+=", word), words))
 
 
