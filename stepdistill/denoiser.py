@@ -248,7 +248,9 @@ class Denoiser:
 
     def _native(self, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         with self.weights.active():
-            return self._call(self.weights.network, x_t, model_time, condition)
+            # Contiguous whatever order the network computes in (`memory.channels_last`): noise that is drawn like a
+            # sample is filled in in the order of its strides.
+            return self._call(self.weights.network, x_t, model_time, condition).contiguous()
 
     def _prediction(self, native: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         return Prediction(native.to(x_t.dtype), self.kind, x_t, Levels.at(self.schedule, t, x_t))
