@@ -43,6 +43,6 @@ def small_objective(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def small_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
     """How pairs are made, with few steps where it does not matter which timesteps the sampler visits."""
-    if settings.get("states", "all") in ("all", [], ()) and "steps" in settings:
-        return {**settings, "steps": min(STEPS, settings["steps"])}
+    if settings.get("states", "all") in ("all", [], ()):
+        return {**settings, "steps": min(STEPS, settings.get("steps", STEPS))}
     return dict(settings)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from stepdistill.recipe import Recipe
 
-STEPS, BATCH, PROMPTS, PAIRS, PAIR_STEPS = 2, 2, 8, 8, 4
+STEPS, BATCH, PROMPTS, PAIRS = 2, 2, 8, 8
 SIDE = 512  # pixels of the pictures: the largest size of a tiny teacher, since smaller pictures would be left out
 TINY = "tiny:"
 # words in names of well-known checkpoints => family; the first that fits counts
@@ -119,9 +119,7 @@ def _small_data(recipe: Recipe, classes: bool, folder: Path) -> dict[str, Any]:
 
 def _small_pairs(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """How a few pairs are made; in place of stored ones, with all that an objective may want of the way."""
-    given = dict(options or {"states": "all", "predictions": True, "steps": PAIR_STEPS})
-    # Named states need the steps that visit them, be it the default's.
-    small = small_pairs(given if given.get("states") else {"steps": PAIR_STEPS, **given})
+    small = small_pairs(options or {"states": "all", "predictions": True})
     return {**small, "count": PAIRS, "size": None, "precision": "fp32"}
 
 

@@ -94,7 +94,7 @@ class ConditionCache:
         self._shard_size = shard_size
         self._shards: dict[int, dict[str, Tensor]] = {}
         self.facts = conditions_facts(family, prompts)
-        self.fingerprint = _fingerprint(self.facts)
+        self.fingerprint = fingerprint_of(self.facts)
         self.folder = Path(folder) / self.fingerprint[:16]
 
     def build(self, progress: Progress | None = None) -> None:
@@ -207,7 +207,7 @@ class EncodedTexts:
 
 def conditions_fingerprint(family: ModelFamily, prompts: PromptSet) -> str:
     """sha256 (hexadecimal) of all that determines the encoded prompts."""
-    return _fingerprint(conditions_facts(family, prompts))
+    return fingerprint_of(conditions_facts(family, prompts))
 
 
 def conditions_facts(family: ModelFamily, prompts: PromptSet) -> dict[str, object]:
@@ -229,7 +229,8 @@ def conditions_facts(family: ModelFamily, prompts: PromptSet) -> dict[str, objec
     return parts
 
 
-def _fingerprint(facts: Mapping[str, object]) -> str:
+def fingerprint_of(facts: Mapping[str, object]) -> str:
+    """sha256 (hexadecimal) of facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.data.buckets import BucketOrder
-from stepdistill.data.cache import INDEX, weights_fingerprint
+from stepdistill.data.cache import INDEX, fingerprint_of, weights_fingerprint
 from stepdistill.data.images import ImageSet
-from stepdistill.data.pairs import fingerprint_of
 from stepdistill.data.prompts import epoch_indices
 from stepdistill.data.reading import ReadAhead
 from stepdistill.errors import UserError

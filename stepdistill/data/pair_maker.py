@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from stepdistill.data.cache import fingerprint_of
 from stepdistill.data.pairs import (
     INDEX,
     STORAGE,
@@ -21,7 +22,6 @@ from stepdistill.data.pairs import (
     Progress,
     Storage,
     differences,
-    fingerprint_of,
     load_pairs,
     pair_noise,
     read_index,

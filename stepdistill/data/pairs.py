@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepdistill.condition import Condition
-from stepdistill.data.cache import Conditions, weights_fingerprint
+from stepdistill.data.cache import Conditions, fingerprint_of, weights_fingerprint
 from stepdistill.data.prompts import PromptSet, epoch_indices
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
@@ -312,11 +312,6 @@ def teacher_facts(family: ModelFamily, size: int | None) -> dict[str, Any]:
 def pair_noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
     """The noise of one pair, (C, H, W): a function of these numbers alone, the same on every device."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed_of(seed, "pair", number)))
-
-
-def fingerprint_of(facts: Mapping[str, Any]) -> str:
-    """sha256 (hexadecimal) of facts."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

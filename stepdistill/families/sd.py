@@ -21,11 +21,9 @@ UNET_LORA_TARGETS = (*ATTENTION_TARGETS, "proj_in", "proj_out", "ff.net.0.proj",
                      "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")  # fmt: skip
 
 
-class StableDiffusion(ModelFamily):
-    """Text-to-image UNets of the `StableDiffusionPipeline`; the null condition is the empty prompt."""
+class UNetFamily(ModelFamily):
+    """What is common to pipelines whose network is a UNet2DConditionModel."""
 
-    name = "sd"
-    pipeline_class = "StableDiffusionPipeline"
     network_component = "unet"
     guidance_weight: ClassVar[str] = GUIDANCE_WEIGHT
     block_pattern = r"(down|up)_blocks\.\d+"
@@ -38,7 +36,22 @@ class StableDiffusion(ModelFamily):
 
     @property
     def spread_layers(self) -> tuple[str, ...]:
-        return unet_layers(self.network_config)
+        # The encoder's blocks, the bottleneck and the first block behind it: from edges to layouts, and half back.
+        encoder = (f"down_blocks.{i}" for i in range(len(self.network_config.down_block_types)))
+        return (*encoder, "mid_block", "up_blocks.0")
+
+    def smaller(self, shape: NetworkShape) -> Plan:
+        return unet_plan(self.network_config, shape)
+
+    def guidance_options(self) -> dict[str, Any]:
+        return {"time_cond_proj_dim": self.network_config.time_cond_proj_dim or GUIDANCE_CHANNELS}
+
+
+class StableDiffusion(UNetFamily):
+    """Text-to-image UNets of the `StableDiffusionPipeline`; the null condition is the empty prompt."""
+
+    name = "sd"
+    pipeline_class = "StableDiffusionPipeline"
 
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         output: Tensor = network(
@@ -46,12 +59,6 @@ class StableDiffusion(ModelFamily):
             timestep_cond=embedded_guidance(network, condition, x_t.dtype), return_dict=False,
         )[0]  # fmt: skip
         return output
-
-    def smaller(self, shape: NetworkShape) -> Plan:
-        return unet_plan(self.network_config, shape)
-
-    def guidance_options(self) -> dict[str, Any]:
-        return {"time_cond_proj_dim": self.network_config.time_cond_proj_dim or GUIDANCE_CHANNELS}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
@@ -85,8 +92,3 @@ def guidance_embedding(scale: Tensor, channels: int) -> Tensor:
     frequencies = torch.exp(torch.arange(channels // 2, dtype=torch.float32, device=w.device) * -spacing)
     angles = w[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def unet_layers(config: Any) -> tuple[str, ...]:
-    """The encoder's blocks, the bottleneck and the first block behind it: from edges to layouts, and half back."""
-    return (*(f"down_blocks.{i}" for i in range(len(config.down_block_types))), "mid_block", "up_blocks.0")

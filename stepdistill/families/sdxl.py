@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.condition import Condition
-from stepdistill.families.base import ModelFamily
-from stepdistill.families.sd import (
-    GUIDANCE_CHANNELS,
-    GUIDANCE_WEIGHT,
-    UNET_LORA_TARGETS,
-    embedded_guidance,
-    unet_layers,
-)
-from stepdistill.families.smaller import Plan, unet_plan
+from stepdistill.families.sd import UNetFamily, embedded_guidance
 from stepdistill.framing import Framing
-from stepdistill.network_shape import NetworkShape
 
 
-class StableDiffusionXL(ModelFamily):
+class StableDiffusionXL(UNetFamily):
     """`StableDiffusionXLPipeline` with both text encoders.
 
     The size conditions of section 2.2 are those that the stock pipeline gives by default: an image that was never
@@ -32,19 +22,6 @@ class StableDiffusionXL(ModelFamily):
 
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
-    network_component = "unet"
-    guidance_weight: ClassVar[str] = GUIDANCE_WEIGHT
-    block_pattern = r"(down|up)_blocks\.\d+"
-    lora_targets = UNET_LORA_TARGETS
-    kohya_naming = True
-
-    @property
-    def feature_layers(self) -> tuple[str, ...]:
-        return ("mid_block",)  # the bottleneck, as DMD2's code does
-
-    @property
-    def spread_layers(self) -> tuple[str, ...]:
-        return unet_layers(self.network_config)
 
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         pooled, ids = condition.tensors["pooled_prompt_embeds"], condition.tensors.get("time_ids")
@@ -64,12 +41,6 @@ class StableDiffusionXL(ModelFamily):
         rows = [[*framing.original, *framing.crop, *framing.target] for framing in framings]
         ids = torch.tensor(rows, dtype=torch.float32, device=self.device)
         return Condition({**condition.tensors, "time_ids": ids})
-
-    def smaller(self, shape: NetworkShape) -> Plan:
-        return unet_plan(self.network_config, shape)
-
-    def guidance_options(self) -> dict[str, Any]:
-        return {"time_cond_proj_dim": self.network_config.time_cond_proj_dim or GUIDANCE_CHANNELS}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
