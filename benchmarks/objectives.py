@@ -6,9 +6,9 @@
 
 A cell is a recipe of recipes/shapes and a seed; a later method joins by adding a recipe to CELLS. The passes of an
 iteration are counted by a hook while it runs, and the recipe's steps are scaled so that all cells spend the same
-number. A cell runs in a process of its own, resumes where it was stopped, and is skipped once it is measured. The
-recipes' teachers are measured too. Results go to benchmarks/results/objectives.json; `render_tables.py` puts them into
-docs/leaderboard.md.
+number, and with them everything that is counted in iterations: warm-ups, leads, curricula. A cell runs in a process of
+its own, resumes where it was stopped, and is skipped once it is measured. The recipes' teachers are measured too.
+Results go to benchmarks/results/objectives.json; `render_tables.py` puts them into docs/leaderboard.md.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ STEPS = {"hyper_lora": (1, 2, 4, 8)}  # students for several numbers of steps, e
 HYBRIDS = ("dmd2_4step", "lightning_4step")  # students that get a row with their teacher's first step, too
 TEACHER = "teacher:"  # in front of a teacher's path: a cell to compare with
 TEACHER_STEPS = 25
+ITERATIONS = (  # what recipes count in iterations, besides a stage's own steps
+    "warmup_steps", "every", "critic_lead", "critic_warmup", "node_steps", "interval", "halving_steps", "weight_steps",
+    "conditional_steps",
+)  # fmt: skip
+SCALED = ("stages", "health", "checkpoints")  # parts of a recipe that have such
 QUIET = ("previews=null", "bench=null", "checkpoints.keep=1")
 GRADIENT_COST = 3  # a pass that is differentiated counts as itself and two more
 FORWARD_MODE_COST = 2  # one that carries a derivative along, as itself and one more
@@ -103,11 +108,26 @@ def passes_per_iteration(recipe: Recipe, folder: Path) -> list[int]:
 
 
 def scaled(recipe: Recipe, per_iteration: Sequence[int], budget: int) -> Recipe:
-    """The recipe with its stages' steps scaled by one factor, so that it spends about `budget` passes."""
-    planned = sum(stage.steps * n for stage, n in zip(recipe.stages, per_iteration, strict=True))
-    factor = budget / planned
-    stages = [stage.model_copy(update={"steps": max(1, round(stage.steps * factor))}) for stage in recipe.stages]
-    return recipe.model_copy(update={"stages": stages})
+    """The recipe with all that is counted in iterations scaled by one factor => about `budget` passes."""
+    factor = budget / sum(stage.steps * n for stage, n in zip(recipe.stages, per_iteration, strict=True))
+    whole = recipe.model_dump(mode="json")
+    plain = rescaled({name: whole[name] for name in SCALED}, factor)
+    for stage, planned in zip(plain["stages"], recipe.stages, strict=True):
+        stage["steps"] = max(1, round(planned.steps * factor))
+    changed = Recipe.model_validate({**whole, **plain})
+    return recipe.model_copy(update={name: getattr(changed, name) for name in SCALED})
+
+
+def rescaled(value: Any, factor: float) -> Any:
+    """A part of a recipe with the entries of ITERATIONS, wherever they are, multiplied; none becomes 0."""
+    if isinstance(value, list):
+        return [rescaled(item, factor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: max(1, round(item * factor)) if key in ITERATIONS and item else rescaled(item, factor)
+        for key, item in value.items()
+    }
 
 
 def folder_of(name: str, seed: int, args: argparse.Namespace) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stepdistill.errors import UserError
 from stepdistill.processes.sharding import gathered, optimizer_state_like, placed_like, whole
+
+
+# torch's default on a CPU goes through the parameters one by one in Python, which costs as much as a network pass; on
+# an accelerator it makes copies of all of them. The fused kernels do neither.
+FUSED = (torch.optim.Adam, torch.optim.AdamW)  # the two that sharded parameters (FSDP2) take, too
+IMPLEMENTATIONS = ("fused", "foreach", "differentiable")  # options that choose one, in which case it is the recipe's
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Player:
         self._settings, self._accelerator = settings, accelerator
         values = list(self.parameters.values())
         try:
-            self.optimizer = settings.optimizer(values, **settings.options)
+            self.optimizer = settings.optimizer(values, **with_fused_kernels(settings, values))
         except TypeError as error:
             raise UserError(f"players.{name}.optimizer: {settings.optimizer.__name__} does not take these options: "
                             f"{error}") from error  # fmt: skip
@@ -173,3 +179,12 @@ class Player:
         flat = self._accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
         for parameter, part in zip(values, flat.split([g.numel() for g in grads]), strict=True):
             parameter.grad = part.view_as(parameter)
+
+
+def with_fused_kernels(settings: PlayerSettings, values: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """The optimiser's options, with torch's fused kernels where it has them and the recipe does not choose."""
+    options = dict(settings.options)
+    chosen = any(name in options for name in IMPLEMENTATIONS)
+    if settings.optimizer in FUSED and not chosen and all(not value.is_meta for value in values):
+        options["fused"] = True
+    return options

@@ -70,3 +70,31 @@ def test_a_cell_and_a_teacher_have_folders_of_their_own(tmp_path: Path) -> None:
     folders = [objectives.folder_of(name, 0, args) for name in ("vsd_1step", "teacher:assets/shapes/flow")]
     assert [folder.name for folder in folders] == ["vsd_1step-seed0", "teacher-assets-shapes-flow"]
     assert all(folder.parent == tmp_path for folder in folders)
+
+
+def test_everything_counted_in_iterations_is_scaled() -> None:
+    recipe = objectives.recipe_of("disback_1step", ("health.every=100",), objectives.parsed([]))
+    short = objectives.scaled(recipe, [10], recipe.stages[0].steps * 10 // 4)
+    options = short.stages[0].objective.options
+    assert (short.stages[0].steps, options["node_steps"], options["interval"]) == (300, 10, 12)
+    assert options["nodes"] == recipe.stages[0].objective.options["nodes"]
+    assert options["base"] == recipe.stages[0].objective.options["base"]
+    assert short.stages[0].player("critic").warmup_steps == 5
+    assert short.stages[0].player("student").ema == 0.99
+    assert (short.health.every, short.checkpoints.every, short.seed) == (25, 50, recipe.seed)
+
+
+def test_network_calls_of_a_student_are_not_scaled() -> None:
+    recipe = objectives.recipe_of("agd", (), objectives.parsed([]))
+    short = objectives.scaled(recipe, [1], 50)
+    assert short.stages[0].steps == 50
+    assert short.stages[0].objective.options["steps"] == 25
+    assert short.stages[0].players["student"].warmup_steps == 5
+
+
+@pytest.mark.parametrize("name", objectives.CELLS)
+def test_every_cell_can_be_scaled(name: str) -> None:
+    recipe = objectives.recipe_of(name, (), objectives.parsed([]))
+    short = objectives.scaled(recipe, [7] * len(recipe.stages), sum(stage.steps for stage in recipe.stages))
+    assert sum(stage.steps for stage in short.stages) <= sum(stage.steps for stage in recipe.stages) / 5
+    build_objective(short.stages[-1].objective, recipe.source)
