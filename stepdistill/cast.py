@@ -183,7 +183,10 @@ class Cast:
         with torch.no_grad():
             for name, old in self.parameters(target).items():
                 wide = torch.promote_types(old.dtype, torch.float32)
-                old.copy_(decay * old.to(wide) + (1 - decay) * new[name].to(wide))
+                if old.dtype == wide:
+                    old.lerp_(new[name].to(wide), 1 - decay)
+                else:
+                    old.copy_(old.to(wide).lerp_(new[name].to(wide), 1 - decay))
 
     def park(self, role: str, key: str) -> None:
         """Keeps a copy of a role's weights in the CPU's memory and in checkpoints, in a file named after the key."""
