@@ -4,8 +4,8 @@
 
 One iteration of each objective (all turns of it) is timed through the trainer, and, alternating
 with it in the same process, the bare passes of the same networks on as many samples. Only the ratio means something
-elsewhere; it is that of the fastest rounds, because whatever else a machine does can only add to a time. What an
-algorithm needs is the table `passes_of`; optimisers, noise, losses and data are the overhead.
+elsewhere: the median of the rounds' own ratios, since a machine's speed changes between rounds more than within one.
+What an algorithm needs is the table `passes_of`; optimisers, noise, losses and data are the overhead.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -219,7 +220,7 @@ def peak_gib(work: Callable[[], None], device: torch.device) -> float | None:
     return int(found[1]) / 2**20 if found else None
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """A row of the results: iteration and bare passes in turns, so that both meet the same machine."""
     objective, passes = passes_of(name, args.critic_updates)
     trainer = trainer_of(objective, args)
@@ -228,16 +229,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         trainer._iterate()
         work()
     rounds = [(seconds_of(trainer._iterate, device), seconds_of(work, device)) for _ in range(args.rounds)]
-    ours, alone = (sorted(seconds) for seconds in zip(*rounds, strict=True))
     return {
         "model": f"{name}, {'LoRA' if args.lora else 'full'}",
         "batch_size": args.batch_size,
         "critic_updates": sum(p.repeats for p in objective.phases(0) if p.name == "critic"),
         "rows_through_networks": sum(p.rows for p in passes) * args.batch_size,
-        "seconds_per_iteration": ours[0],
-        "seconds_of_bare_passes": alone[0],
-        "ratio": ours[0] / alone[0],
-        "median_ratio": statistics.median(a / b for a, b in rounds),
+        "seconds_per_iteration": statistics.median(ours for ours, _ in rounds),
+        "seconds_of_bare_passes": statistics.median(bare for _, bare in rounds),
+        "ratio": statistics.median(ours / bare for ours, bare in rounds),
+        "rounds": rounds,
         "peak_gib": peak_gib(trainer._iterate, device),
     }
 

@@ -20,11 +20,10 @@ def options(*words: object) -> argparse.Namespace:
     return speed.parsed(["--rounds", "1", *map(str, words)])
 
 
-def test_a_ratio_is_that_of_the_fastest_rounds() -> None:
-    found = speed.row("m", "x", [3.0, 10.0, 5.0], [1.5, 5.0, 5.0], 2.0)
-    assert (found["ratio"], found["passed"], found["seconds"], found["seconds_bare"]) == (2.0, True, 3.0, 1.5)
-    assert found["median_ratio"] == 2.0
-    assert speed.row("m", "x", [3.0, 4.0, 9.0], [1.0, 4.0, 9.0], 2.0)["passed"] is False, "3 over 1"
+def test_a_ratio_is_the_median_of_the_rounds_own() -> None:
+    found = speed.row("m", "x", [3.0, 10.0, 5.0], [1.0, 5.0, 5.0], 2.0)
+    assert (found["ratio"], found["passed"], found["seconds"]) == (2.0, True, 5.0)
+    assert found["rounds"] == [(3.0, 1.0), (10.0, 5.0), (5.0, 5.0)]
     assert speed.row("m", "x", [3.0], [1.0], 2.0)["passed"] is False
     assert speed.row("m", "x", [3.0], [1.0], None)["passed"] is None
 
