@@ -22,7 +22,7 @@ from stepdistill.bench.report import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 START = re.compile(r"<!-- results:(?P<name>[\w.-]+) -->\n")
 END = "<!-- /results -->"
-DETAILS = {"times", "intervals", "latency_ms", "images_per_second", "parameters"}
+DETAILS = {"rounds", "times", "intervals", "latency_ms", "images_per_second", "parameters"}
 
 
 def rendered(text: str, results: Path, *, source: str) -> str:
