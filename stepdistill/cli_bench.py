@@ -123,8 +123,12 @@ def measure(  # noqa: PLR0913  # an argument is an option of the command
 @bench_app.command()
 def prepare(
     protocol: Annotated[str, typer.Argument(metavar="PROTOCOL", help="coco30k, coco10k-sdxl, or mjhq30k.")],
-    images: Annotated[Path, typer.Option(help="Folder with your copy of its real images.")],
-    prompts: Annotated[Path, typer.Option(help="File with its prompts.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder with your copy of its real images, for the statistics.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with its prompts; may be added to finished statistics.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write. Default: protocols/PROTOCOL.")] = None,
     features: Annotated[
         str | None, typer.Option(help="Function that gives features instead of Inception: package.module:name.")
@@ -135,6 +139,9 @@ def prepare(
 ) -> None:
     """Make a protocol's statistics from your own copy of its images."""
     _go_offline(offline)
+    if images is None and prompts is None:
+        raise UserError("bench prepare: give --images DIR, the folder with the real images, or --prompts FILE to add "
+                        "the prompts to finished statistics")  # fmt: skip
     from stepdistill.bench import protocols
     from stepdistill.bench.study import Progress
 
@@ -146,6 +153,9 @@ def prepare(
         )  # fmt: skip
     for network, reason in missing.items():
         typer.echo(f"left out: {network}: {reason}")
+    if not (folder / protocols.PROMPTS).is_file():
+        typer.echo(f"without prompts; before measuring: stepdistill bench prepare {protocol} --prompts FILE "
+                   f"--output {folder}")  # fmt: skip
     typer.echo(str(folder))
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from stepdistill.errors import UserError
 from stepdistill.guidance import ADAPTER_FILE, HEADER
@@ -72,17 +74,52 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
         "name": folder.name, "path": str(path) if folder.exists() else model, "steps": PLAIN_STEPS,
         "guidance_scale": PLAIN_GUIDANCE,
     }  # fmt: skip
-    lora = Path(str(given.get("lora") or ""))
+    home = _home(str(given["lora"])) if given.get("lora") else Path(path)
     # An adapter has a guidance scale, and leaves all else to the LoRA or the pipeline that it is put on.
     beside = facts_of(Path(given["adapter"])) if given.get("adapter") else {}
-    facts = {**beside, **(facts_of(lora) if given.get("lora") else facts_of(Path(path)))}
-    facts |= {key: beside[key] for key in ("guidance_scale",) if key in beside}
+    own = facts_of(home)
+    told = {key: beside[key] for key in ("guidance_scale",) if key in beside}
+    facts = {**beside, **own, **told}
     options |= {key: facts[key] for key in ("steps", "guidance_scale", "eta") if key in facts}
-    if given.get("lora") and (lora / "scheduler").is_dir():
-        options["scheduler"] = str(lora / "scheduler")
-    options |= {key: value for key, value in given.items() if value is not None}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given.get("lora") and (home / "scheduler").is_dir():
+        options["scheduler"] = str(home / "scheduler")
+    elif given.get("lora") and not own:
+        options |= _known_call({**told, **given})
+    options |= given
+    if isinstance(options.get("timesteps"), list):
+        options["steps"] = len(options["timesteps"])
     tested: ModelUnderTest = build_dataclass(ModelUnderTest, options, f"model {model}")
     return tested
+
+
+def _home(lora: str) -> Path:
+    """Where the facts of a LoRA lie: its folder, or that of its file."""
+    place = Path(lora)
+    return place.parent if place.is_file() else place
+
+
+def _known_call(given: Mapping[str, Any]) -> dict[str, Any]:
+    """How a LoRA that brings no facts is called: as its makers say if its name is known, and the user is told."""
+    from stepdistill.inspection.lora_calls import lora_call
+
+    if {"steps", "guidance_scale", "scheduler"} <= given.keys():
+        return {}
+    name, call = given.get("name", given["lora"]), lora_call(str(given["lora"]))
+    remedy = "give steps, guidance_scale and scheduler if it wants to be called otherwise"
+    if call is None:
+        if "guidance_scale" not in given:
+            typer.echo(f"warning: {name}: neither a distillation_config.json beside {given['lora']} nor its name says "
+                       f"how it is called; guidance_scale={PLAIN_GUIDANCE:g}, {PLAIN_STEPS} steps and the base's "
+                       f"scheduler are taken; {remedy}", err=True)  # fmt: skip
+        return {}
+    options = call.options
+    if "steps" in given:  # timesteps are for as many steps as there are
+        options.pop("timesteps", None)
+    used = {key: value for key, value in options.items() if key not in given}
+    words = ", ".join(f"{key}={value}" for key, value in used.items())
+    typer.echo(f"note: {name}: {words}, since {call.because} {remedy.capitalize()}", err=True)
+    return used
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -143,8 +180,15 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _says_steps(model: ModelUnderTest) -> bool:
-    places = [place for place in (model.path, model.lora) if place is not None]
-    return any("steps" in facts_of(Path(place)) for place in places)
+    from stepdistill.inspection.lora_calls import lora_call
+
+    if model.timesteps is not None:
+        return True
+    places = [Path(model.path)] + ([_home(model.lora)] if model.lora else [])
+    if any("steps" in facts_of(place) for place in places):
+        return True
+    known = lora_call(model.lora) if model.lora else None
+    return known is not None and known.fixed
 
 
 def _cells(model: ModelUnderTest, calls: Any, text: str) -> list[ModelUnderTest]:
@@ -153,8 +197,11 @@ def _cells(model: ModelUnderTest, calls: Any, text: str) -> list[ModelUnderTest]
     numbers = calls if isinstance(calls, list) else [calls]
     if not numbers or not all(type(count) is int and count > 0 for count in numbers):
         raise UserError(f"model {text!r}: nfe is a list of numbers of network calls, such as nfe=[1,2,4]")
-    found = at_nfe(model, numbers)
+    found, odd = at_nfe(model, numbers)
     if not found:
         raise UserError(f"model {text!r}: guidance doubles every call, so it cannot make an odd number of them; give "
                         "an even one, or guidance_scale=1")  # fmt: skip
+    if odd:
+        typer.echo(f"warning: {model.name}: not measured at {', '.join(map(str, odd))} network calls: guidance "
+                   "doubles every call, so their number is even", err=True)  # fmt: skip
     return found

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from stepdistill.bench import page, plots, report
 from stepdistill.bench.cells import Cell, Share, Stored
-from stepdistill.bench.generate import Cost, Job, ModelUnderTest, Painter, load_pipeline, paint, peak_gib, reset_peak
+from stepdistill.bench.generate import (
+    Cost,
+    Job,
+    ModelUnderTest,
+    Painter,
+    allocated,
+    load_pipeline,
+    paint,
+    peak_gib,
+    reset_peak,
+)
 from stepdistill.bench.intervals import Resamples
 from stepdistill.bench.loading import image_files
 from stepdistill.bench.meter import denoisers, metered
@@ -25,6 +35,7 @@ from stepdistill.bench.metrics.weights import Weights
 from stepdistill.bench.models import Folder, identity
 from stepdistill.bench.prompts import ShapesProtocol
 from stepdistill.bench.protocols import PromptProtocol
+from stepdistill.bench.quality import series
 from stepdistill.bench.scorer import Scorer
 from stepdistill.bench.study import Progress, Study
 from stepdistill.errors import UserError
@@ -34,6 +45,11 @@ __all__ = ["Options", "Progress", "Provenance", "Scorer", "run_benchmark"]
 
 SAMPLE_PROMPTS, SAMPLE_IMAGES = 8, 3  # of the picture: rows, and images of one model in a row
 LATENCY_CALLS = 3  # of which the middle one counts, after one that does not
+# Raised whenever the same images would give other numbers, or the same models other images, than an earlier version's;
+# what was kept before is then made anew.
+MEASURED_AS = 2
+LEFT_OUT = ["safety checker", "watermark"]  # while measuring; see `loading.leave_out_checks`
+TO_BASELINE = ("lpips", "clip_distance")
 
 Tell = Callable[[Progress], None]
 
@@ -87,7 +103,8 @@ def run_benchmark(  # noqa: PLR0913  # what the command asks for
     further model costs only itself.
 
     Args:
-        models: exported models, in the order of the table; the first is what distances between models start from.
+        models: exported models, in the order of the table; distances between models are to the first, at the most
+            steps that it is measured with.
         protocol: prompts, numbers and reference.
         output: folder that gets report.json, report.md, report.html, pareto.png and samples.png.
         device: "cpu", "cuda", "cuda:1".
@@ -113,12 +130,16 @@ def run_benchmark(  # noqa: PLR0913  # what the command asks for
     stored = {model.name: runner.observe(model) for model in models}
     called = [{key: value for key, value in asdict(model).items() if key != "train_seconds"} for model in models]
     facts = {**study.facts, "models": called, "weights": study.weights, "missing": dict(study.missing),
-             "cells": {name: facts for name, (_, facts) in stored.items()}, "exact": options.exact}  # fmt: skip
+             "cells": {name: facts for name, (_, facts) in stored.items()}, "exact": options.exact,
+             "left_out": LEFT_OUT, "measured_as": MEASURED_AS}  # fmt: skip
+    rows = tuple(_rows(study, models, stored)) if options.share.index == 0 else ()
+    if any(getattr(row, column) is not None for row in rows for column in TO_BASELINE):
+        facts["baseline"] = baseline_of(models).name
     found = report.Report(
         name=provenance.name, date=report.today(), device=report.device_name(device),
         versions=report.installed_versions(), seeds={**study.seeds, "noise": seed},
         recipe_sha256=provenance.recipe_sha256, protocol=facts,
-        rows=tuple(_rows(study, models, stored)) if options.share.index == 0 else (),
+        rows=rows,
     )  # fmt: skip
     if options.share.index == 0:
         samples = {name: _samples(each, study.images_per_prompt) for name, (each, _) in stored.items()}
@@ -148,42 +169,47 @@ class Runner:
         batches = [missing[i : i + self.batch_size] for i in range(0, len(missing), self.batch_size)]
         mine, done = batches[share.index :: share.count], total - len(missing)
         self._tell(model, done)
-        for batch, images, cost in self._made(model, files, mine, cell):
-            self._keep(cell, model, batch, images, cost)
+        for batch, images, cost, peak in self._made(model, files, mine, cell):
+            self._keep(cell, model, batch, images, cost, peak)
             done += len(batch)
             self._tell(model, done)
         share.wait()
-        stored = cell.load(total)
-        return stored, {**(cell.remembered() or {}), "model": what["model"]}
+        facts = {**(cell.remembered() or {}), "model": what["model"]}
+        return cell.load(total), {**facts, "surplus": len(files) - total} if len(files) > total else facts
 
     def _made(
         self, model: ModelUnderTest, files: Sequence[Path], batches: Sequence[list[int]], cell: Cell
-    ) -> Iterator[tuple[list[int], Tensor, Cost]]:
+    ) -> Iterator[tuple[list[int], Tensor, Cost, float | None]]:
+        """Batches with their images, cost, and peak of memory in GiB."""
         if files:
             if len(files) < self.study.num_images:
                 raise UserError(f"{model.name}: {model.path} holds {len(files):,} images, the protocol wants "
                                 f"{self.study.num_images:,}, those of a prompt together, by name")  # fmt: skip
             folder = Folder(model.name, files, self.study.images_per_prompt)
             for batch in batches:
-                yield batch, folder(self._jobs(batch)), Cost()
+                yield batch, folder(self._jobs(batch)), Cost(), None
             return
         if not batches:
             return
-        pipeline = load_pipeline(model, device=self.device)
+        before = allocated(self.device)  # networks of metrics
+        pipeline = load_pipeline(model, device=self.device, bare=True)
         painter = Painter(pipeline, model, self.study.prompts, self.seed, self.options.exact)
         if self.options.share.index == 0 and cell.remembered() is None:
             size = sum(p.numel() for network in denoisers(pipeline) for p in network.parameters())
             with metered(pipeline) as meter:
                 cell.remember({"latency_ms": _latency_ms(painter, meter.now), "parameters": size})
-        reset_peak(self.device)
         if len(batches) == 1:
             painter(self._jobs(batches[0]))  # time leaves out a process's first batch, which also warms up
         with metered(pipeline) as meter:
             for number, batch in enumerate(batches):
                 timed = bool(number) or len(batches) == 1
-                yield batch, *paint(painter, self._jobs(batch), meter, timed=timed)
+                reset_peak(self.device)  # between two batches metrics compute
+                images, cost = paint(painter, self._jobs(batch), meter, timed=timed)
+                yield batch, images, cost, peak_gib(self.device, before)
 
-    def _keep(self, cell: Cell, model: ModelUnderTest, batch: list[int], images: Tensor, cost: Cost) -> None:
+    def _keep(
+        self, cell: Cell, model: ModelUnderTest, batch: list[int], images: Tensor, cost: Cost, peak: float | None
+    ) -> None:
         if not torch.isfinite(images).all():
             raise UserError(f"{model.name}: made images with NaN or infinity; the model has diverged, or try fp32")
         prompts = [self.study.prompts[p] for p, _ in self._jobs(batch)]
@@ -195,7 +221,7 @@ class Runner:
             folder.mkdir(parents=True, exist_ok=True)
             for (prompt, k), image in zip(self._jobs(batch), seen, strict=True):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{prompt:06d}-{k}.png")
-        cell.save(batch, values, kept, cost, peak_gib(self.device))
+        cell.save(batch, values, kept, cost, peak)
 
     def _look(self, observer: Observer, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if not self.options.exact:
@@ -213,7 +239,7 @@ class Runner:
             "seed": self.seed, "observers": sorted(study.observers), "weights": study.weights,
             "kept_prompts": study.kept_prompts, "exact": self.options.exact, "images": self.options.save_images,
             "prepared": {key: study.facts.get(key) for key in ("side", "features", "prefix")},
-            "device": self.device.partition(":")[0],
+            "device": self.device.partition(":")[0], "measured_as": MEASURED_AS,
             "versions": {name: version for name, version in versions.items() if name != "stepdistill"},
         }  # fmt: skip
 
@@ -226,12 +252,14 @@ def _rows(
     study: Study, models: Sequence[ModelUnderTest], stored: Mapping[str, tuple[Stored, Mapping[str, Any]]]
 ) -> Iterator[report.Row]:
     """All figures of every model."""
-    resamples, baseline = Resamples(len(study.prompts)), None
+    resamples, first = Resamples(len(study.prompts)), baseline_of(models).name
     columns = {entry.name for entry in fields(report.Row)}
+    baseline = Seen(study.prompts, study.images_per_prompt, stored[first][0].values, stored[first][0].images)
     for model in models:
         parts, facts = stored[model.name]
-        seen = Seen(study.prompts, study.images_per_prompt, parts.values, parts.images, baseline)
-        baseline = baseline or seen
+        seen = baseline
+        if model.name != first:
+            seen = Seen(study.prompts, study.images_per_prompt, parts.values, parts.images, baseline)
         found = {name: e for metric in study.metrics for name, e in metric.figures(seen, resamples).items()}
         values = {name: estimate.value for name, estimate in found.items() if name in columns}
         others = {name: e.value for name, e in found.items() if name not in columns and e.value is not None}
@@ -244,6 +272,11 @@ def _rows(
             intervals={name: list(e.interval) for name, e in found.items() if e.interval is not None} or None,
             others=others or None,
         )  # fmt: skip
+
+
+def baseline_of(models: Sequence[ModelUnderTest]) -> ModelUnderTest:
+    """What distances between models are to: the first model, where it is measured with the most steps."""
+    return max((m for m in models if series(m.name) == series(models[0].name)), key=lambda model: model.steps)
 
 
 def _samples(parts: Stored, images_per_prompt: int) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.bench.quality import COSTS, LESS_IS_BETTER, interval, less_is_better
-from stepdistill.bench.report import Report, fid_name, headings, written, written_interval
+from stepdistill.bench.report import Report, headings, written, written_interval
 from stepdistill.errors import UserError
 
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MACHINE_COLUMNS = ("ms_per_image", "latency_ms", "peak_gib", "train_seconds")
+# Places of what hashes stand for, and what is compared otherwise.
+NOT_COMPARED = {"models", "real", "missing", "cells", "folder", "clip", "exact", "prompts_file", "clip_network",
+                "feature_network"}  # fmt: skip
 HEADINGS = ("model", "figure", "A", "B", "B - A", "better")
 
 Estimate = tuple[float, float, float]  # value, and the ends of its interval
@@ -76,7 +79,7 @@ class Difference:
     def cells(self) -> list[str]:
         """A row of the table."""
         rows = (self.first, self.second)
-        name = fid_name(rows) if self.column == "fid" else headings(rows, [self.column])[0]
+        name = headings(rows, [self.column])[0]
         texts = [f"{written(self.column, row[self.column])} {written_interval(row, self.column)}".rstrip()
                  for row in rows]  # fmt: skip
         return [self.model, name, *texts, self._written_difference(), self.verdict.value]
@@ -180,17 +183,35 @@ def _differences(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple
 def _cautions(first: Report, second: Report) -> tuple[str, ...]:
     """What makes figures of two reports differ for other reasons than the models."""
     found = []
-    for key in sorted({*first.protocol, *second.protocol} - {"models", "real", "missing"}):
-        a, b = first.protocol.get(key), second.protocol.get(key)
-        if a != b:
-            found.append(f"Caution: {key} is {a} in A and {b} in B, so quality is not measured alike.")
+    for key, a, b in _protocol_differences(first.protocol, second.protocol):
+        found.append(f"Caution: {key} is {a} in A and {b} in B, so quality is not measured alike.")
     if first.seeds.get("noise") != second.seeds.get("noise"):
         found.append("The noise had different seeds.")
     if first.device != second.device:
         columns = ", ".join(headings([], MACHINE_COLUMNS))
         found.append(f"Caution: A was measured on {first.device}, B on {second.device}, so {columns} do not compare.")
+    if bool(first.protocol.get("exact")) != bool(second.protocol.get("exact")):
+        found.append("Caution: one was measured with --exact, which computes row by row, so times do not compare.")
     found += _version_caution(first.versions, second.versions)
     return tuple(found)
+
+
+def _protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    weights = [protocol.get("weights") or {} for protocol in (a, b)]
+    known = {"evaluator"} if all("evaluator" in each for each in weights) else set()  # by its hash
+    return _unlike({**a, "weights": weights[0]}, {**b, "weights": weights[1]}, {*a, *b} - known)
+
+
+def _unlike(
+    a: Mapping[str, Any], b: Mapping[str, Any], keys: Collection[str], above: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in A, value in B) of what differs; of what both have as mappings, the keys that both have."""
+    for key in sorted({*keys} - NOT_COMPARED):
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _unlike(one, other, one.keys() & other.keys(), f"{above}{key}.")
+        elif one != other:
+            yield f"{above}{key}", one, other
 
 
 def _version_caution(a: Mapping[str, str], b: Mapping[str, str]) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import json
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.assets import resolve_model_path
-from stepdistill.bench.loading import open_pipeline, put_on_adapter
+from stepdistill.bench.loading import leave_out_checks, open_pipeline, put_on_adapter
 from stepdistill.bench.meter import Meter, metered, timed_parts
 from stepdistill.bench.rows import one_by_one, own_noise
 from stepdistill.errors import UserError, first_line
@@ -32,9 +33,11 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 FLOW_SCHEDULERS = {"euler": "FlowMatchEulerDiscreteScheduler", "lcm": "FlowMatchLCMScheduler"}
+TRAILING = "-trailing"  # behind a scheduler's name: its steps are counted from the last timestep
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,8 +55,8 @@ class ModelUnderTest:
             without it.
         lora: folder or file for `load_lora_weights`, on top of the pipeline.
         scheduler: None keeps the folder's own; else a name of `SCHEDULERS` (of a flow-matching model, of
-            `FLOW_SCHEDULERS`), made from the folder's own configuration, or the path of a folder with a
-            scheduler_config.json.
+            `FLOW_SCHEDULERS`), made from the folder's own configuration, "-trailing" behind it for that spacing; or
+            the path of a folder with a scheduler_config.json.
         precision: "fp32", "bf16" or "fp16". Noise is drawn in it too, so compare models of one precision.
         train_seconds: what its training took, if known: carried into the report.
         base: folder or hub id of the model that makes the first steps, for hybrid sampling; None: there is none.
@@ -65,6 +68,7 @@ class ModelUnderTest:
         config: of one file of weights, the Diffusers folder or hub id whose other files it goes with; None asks the
             hub for what fits.
         rule: of several students whose prompts are divided by a function, that function: "package.module:name".
+        timesteps: those that the model is called at, instead of the scheduler's for so many steps.
     """
 
     name: str
@@ -83,6 +87,7 @@ class ModelUnderTest:
     adapter: str | None = None
     config: str | None = None
     rule: str | None = None
+    timesteps: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,13 @@ class Generated:
     times: Mapping[str, float] = field(default_factory=dict)
 
 
-def load_pipeline(model: ModelUnderTest, *, device: str = "cpu") -> DiffusionPipeline:
+def load_pipeline(model: ModelUnderTest, *, device: str = "cpu", bare: bool = False) -> DiffusionPipeline:
     """Loads a model under test, from safetensors only.
+
+    Args:
+        model: as above.
+        device: where it computes.
+        bare: without safety checker and watermark, which measuring leaves out.
 
     Raises:
         UserError: if the folder, the LoRA or the scheduler cannot be loaded; the text names the model.
@@ -122,28 +132,40 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu") -> DiffusionPip
         put_on_adapter(pipeline, model.adapter, model.guidance_scale, model.name)
     if model.scheduler is not None:
         pipeline.scheduler = _scheduler(model, pipeline.scheduler)
+    if bare:
+        leave_out_checks(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         # The loader leaves some parts in the precision of their files, and they would not fit the others.
         if isinstance(part, nn.Module) and any(p.dtype != dtype for p in part.parameters()):
             part.to(dtype)
-    return _with_base(pipeline.to(device), model)
+    return _with_base(pipeline.to(device), model, bare)
 
 
-def _with_base(pipeline: Any, model: ModelUnderTest) -> Any:
+def _with_base(pipeline: Any, model: ModelUnderTest, bare: bool) -> Any:
     """The pipeline itself, or behind the model that makes its first steps."""
     if model.base is None:
         return pipeline
-    plain = replace(model, path=model.base, lora=None, scheduler=None, adapter=None, config=None, base=None)
-    base = load_pipeline(plain, device=str(pipeline.device))
+    plain = replace(model, path=model.base, lora=None, scheduler=None, adapter=None, config=None, base=None,
+                    timesteps=None)  # fmt: skip
+    base = load_pipeline(plain, device=str(pipeline.device), bare=bare)
     return HybridPipeline(base, pipeline, model.base_replaces, model.base_steps, model.base_guidance)
 
 
-def call_options(pipeline: DiffusionPipeline, model: ModelUnderTest) -> dict[str, float]:
-    """Arguments of the pipeline's call that say how the model is sampled."""
-    guidance = model.guidance_scale if model.adapter is None else 1.0
-    options = {"num_inference_steps": model.steps, "guidance_scale": guidance}
-    return {**options, "eta": model.eta} if "eta" in inspect.signature(pipeline.__call__).parameters else options
+def call_options(pipeline: DiffusionPipeline, model: ModelUnderTest) -> dict[str, Any]:
+    """Arguments of the pipeline's call that say how the model is sampled.
+
+    Raises:
+        UserError: the model is called at timesteps of its own, which the pipeline does not take.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    options: dict[str, Any] = {"num_inference_steps": model.steps}
+    if model.timesteps is not None:
+        if "timesteps" not in accepted:
+            raise UserError(f"{model.name}: {type(pipeline).__name__} takes no timesteps; leave them out")
+        options = {"timesteps": list(model.timesteps)}
+    options["guidance_scale"] = model.guidance_scale if model.adapter is None else 1.0
+    return {**options, "eta": model.eta} if "eta" in accepted else options
 
 
 def _load_lora(pipeline: DiffusionPipeline, model: ModelUnderTest) -> None:
@@ -162,8 +184,10 @@ def _scheduler(model: ModelUnderTest, present: Any) -> Any:
     import diffusers
 
     table = FLOW_SCHEDULERS if type(present).__name__.startswith("FlowMatch") else SCHEDULERS
-    if model.scheduler in table:
-        return getattr(diffusers, table[model.scheduler]).from_config(present.config)
+    word = str(model.scheduler).removesuffix(TRAILING)
+    if word in table and (word == model.scheduler or table is SCHEDULERS):
+        spacing = {"timestep_spacing": "trailing"} if word != model.scheduler else {}
+        return getattr(diffusers, table[word]).from_config(present.config, **spacing)
     path = Path(str(model.scheduler)) / "scheduler_config.json"
     if not path.is_file():
         raise UserError(
@@ -321,6 +345,12 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_gib(device: str) -> float | None:
-    """The most memory since `reset_peak`; None unless on CUDA."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.startswith("cuda") else None
+def allocated(device: str) -> int:
+    """Bytes of the accelerator's memory that are in use now; 0 unless on CUDA."""
+    gc.collect()  # a model that is done with may still be held by cycles
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+
+
+def peak_gib(device: str, beyond: int = 0) -> float | None:
+    """The most memory since `reset_peak`, less so many bytes that were in use before; None unless on CUDA."""
+    return (torch.cuda.max_memory_allocated(device) - beyond) / 2**30 if device.startswith("cuda") else None

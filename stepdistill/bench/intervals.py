@@ -59,7 +59,7 @@ class Resamples:
             within: what the figure cannot leave, nor its interval.
         """
         each = values.double().reshape(self.prompts, -1).mean(1)
-        return spread(float(each.mean()), self.weights @ each / self.prompts, within)
+        return self.spread(float(each.mean()), self.weights @ each / self.prompts, within)
 
     def ratio(self, above: Tensor, below: Tensor, *, within: tuple[float, float] | None = None) -> Estimate:
         """sum(above) / sum(below) of values (P,); no value where nothing is below."""
@@ -68,7 +68,11 @@ class Resamples:
             return Estimate(None)
         drawn = self.weights @ below
         kept = drawn > 0
-        return spread(float(above.sum() / below.sum()), (self.weights @ above)[kept] / drawn[kept], within)
+        return self.spread(float(above.sum() / below.sum()), (self.weights @ above)[kept] / drawn[kept], within)
+
+    def spread(self, value: float, resampled: Tensor, within: tuple[float, float] | None = None) -> Estimate:
+        """As the function of this name; no interval of one prompt, which every resample draws."""
+        return spread(value, resampled, within) if self.prompts > 1 else Estimate(value)
 
 
 def spread(value: float, resampled: Tensor, within: tuple[float, float] | None = None) -> Estimate:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, first_line
-from stepdistill.routed import is_routed, load_students
+from stepdistill.routed import RoutedPipeline, is_routed, load_students
 
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from stepdistill.bench.generate import ModelUnderTest
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+CHECKS = ("safety_checker", "watermarker")  # components that judge or mark images, and make none
 
 
 def load_single_file(path: str, config: str | None, dtype: torch.dtype) -> DiffusionPipeline:
@@ -71,6 +73,18 @@ def _load_several(model: ModelUnderTest, folder: str, dtype: torch.dtype) -> Any
     return load_students(folder, rule=model.rule, dtype=dtype)
 
 
+def leave_out_checks(pipeline: Any) -> None:
+    """Takes safety checker and watermark off a pipeline.
+
+    Neither is the model's work: images that the one flags turn black, the other changes pixels, and both cost time.
+    """
+    present = [name for name in CHECKS if name in pipeline.components]
+    pipeline.register_modules(**dict.fromkeys(present))
+    stock = pipeline.stock if isinstance(pipeline, RoutedPipeline) else pipeline
+    if "watermark" in vars(stock):  # Stable Diffusion XL's, which is no component
+        stock.watermark = None
+
+
 def put_on_adapter(pipeline: DiffusionPipeline, path: str, guidance: float, name: str) -> None:
     """Loads one of our guidance adapters onto a pipeline and tells it the scale.
 
@@ -86,8 +100,14 @@ def put_on_adapter(pipeline: DiffusionPipeline, path: str, guidance: float, name
 
 
 def image_files(path: str) -> list[Path]:
-    """The images of a plain folder in order of their names; none if it is a pipeline or no folder."""
+    """The images of a plain folder in order of their names, 2.png before 10.png; none if it is anything else."""
     folder = Path(path)
     if not folder.is_dir() or (folder / "model_index.json").is_file():
         return []
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES), key=_as_counted)
+
+
+def _as_counted(file: Path) -> tuple[list[str | int], str]:
+    """Orders names by the numbers in them; names that differ in zeros alone, as text."""
+    words = re.split(r"(\d+)", file.name)  # every second one is a number
+    return [int(word) if place % 2 else word for place, word in enumerate(words)], file.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,30 +12,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepdistill.assets import resolve_model_path
+from stepdistill.assets import resolve_bundled, resolve_model_path
 from stepdistill.bench.generate import Job, ModelUnderTest
 from stepdistill.bench.loading import image_files
 from stepdistill.bench.metrics.weights import fingerprint
 from stepdistill.bench.protocols import read_image
 from stepdistill.errors import UserError
+from stepdistill.inspection.tensors import read_header, takes_guidance
 
 
-def at_nfe(model: ModelUnderTest, calls: Sequence[int]) -> list[ModelUnderTest]:
-    """The model at several numbers of network calls per image, as far as it can be called so often.
+def at_nfe(model: ModelUnderTest, calls: Sequence[int]) -> tuple[list[ModelUnderTest], list[int]]:
+    """The model at several numbers of network calls per image, and those numbers that it cannot be called at.
 
-    Guidance doubles the batch, so that a guided model makes half as many steps, and no odd number of calls. What an
-    image really costs is counted when it is made.
+    Guidance doubles the batch, so that a guided model makes half as many steps, and no odd number of calls; unless its
+    network takes the guidance scale as an input. What an image really costs is counted when it is made.
 
     Args:
         model: for its `steps` others are put in.
         calls: network calls per image.
 
     Returns:
-        One for each number of calls that the model can make, called "name, 4 steps".
+        One for each number of calls that the model can make, called "name, 4 steps"; the other numbers.
     """
-    each = 2 if model.guidance_scale > 1 and model.adapter is None else 1
-    steps = [count // each for count in calls if count >= each and count % each == 0]
-    return [replace(model, name=f"{model.name}, {n} step{'s' if n > 1 else ''}", steps=n) for n in steps]
+    each = 2 if doubles(model) else 1
+    steps = [count // each for count in calls if count % each == 0]
+    cells = [replace(model, name=f"{model.name}, {n} step{'s' if n > 1 else ''}", steps=n, timesteps=None)
+             for n in steps]  # fmt: skip
+    return cells, [count for count in calls if count % each]
+
+
+def doubles(model: ModelUnderTest) -> bool:
+    """Whether guidance doubles the batch of the model's network, by what its file or its configuration says.
+
+    It does not where the network takes the scale as an input: UNets like LCM's (time_cond_proj_dim), FLUX and
+    Sana-Sprint (guidance_embeds). Of a model whose configuration cannot be read it is taken to.
+    """
+    if model.guidance_scale <= 1 or model.adapter is not None:
+        return False
+    path = resolve_bundled(model.path)
+    if Path(path).is_file():
+        return not takes_guidance(read_header(Path(path)).shapes)
+    for part in ("unet", "transformer"):
+        network = _network_config(path, part)
+        if network is not None:
+            embedded = network.get("time_cond_proj_dim") is not None or bool(network.get("guidance_embeds"))
+            # FLUX without such an input was distilled, and its pipeline then does without guidance.
+            return not embedded and not str(network.get("_class_name")).startswith("Flux")
+    return True
+
+
+def _network_config(path: str, part: str) -> dict[str, Any] | None:
+    """config.json of a part of a Diffusers folder or hub id; None if there is none, or it cannot be had."""
+    file = Path(path) / part / "config.json"
+    if not Path(path).exists():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(path, f"{part}/config.json"))
+        except (OSError, ValueError, RuntimeError):  # there is none, no network, or this is no hub id
+            return None
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def identity(model: ModelUnderTest) -> dict[str, Any]:

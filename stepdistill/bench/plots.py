@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.bench.quality import LESS_IS_BETTER, heading, interval, measured_qualities, series
-from stepdistill.bench.report import Report, fid_name
+from stepdistill.bench.report import Report
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def pareto_figure(report: Report, column: str) -> Figure:
     left.set_xlabel("network calls per image (NFE)")
     _panel(right, rows, column, "ms_per_image")
     right.set_xlabel(plain_text(f"milliseconds per image, {report.device}"))
-    name = fid_name(rows) if column == "fid" else heading(column)
+    name = heading(column, rows)
     left.set_ylabel(f"{name} ({'lower' if LESS_IS_BETTER[column] else 'higher'} is better)")
     handles, labels = left.get_legend_handles_labels()
     shown = dict(zip(labels, handles, strict=True))  # one entry for each label

@@ -3,7 +3,7 @@
 The real images are the user's own copies. `prepare` turns them into statistics once, in a folder that holds all that a
 protocol needs:
 
-    prompts.txt             a prompt a line
+    prompts.txt             a prompt a line; may be added later
     statistics.safetensors  <network>.mean, .covariance, .count, .features (some of them, for KID)
     protocol.json           how they were made, with hashes
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.bench.loading import IMAGE_SUFFIXES
-from stepdistill.bench.metrics.base import MissingError, Observer
+from stepdistill.bench.metrics.base import Metric, MissingError, Observer
 from stepdistill.bench.metrics.figures import Reference
 from stepdistill.bench.metrics.frechet import Moments
 from stepdistill.bench.metrics.kit import (
@@ -145,9 +146,10 @@ class PromptProtocol:
         if not file.is_file():
             raise UserError(f"protocol {kind}: {file} is not there; make it with: stepdistill bench prepare {kind} "
                             f"--images DIR --prompts FILE --output {folder}")  # fmt: skip
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        if facts["kind"] != kind:
-            raise UserError(f"{file}: was prepared for {facts['kind']}, not for {kind}")
+        facts = _facts_of(folder, kind)
+        if not (folder / PROMPTS).is_file():
+            raise UserError(f"protocol {kind}: {folder} has no prompts; add them with: stepdistill bench prepare "
+                            f"{kind} --prompts FILE --output {folder}")  # fmt: skip
         lines = (folder / PROMPTS).read_text(encoding="utf-8").splitlines()
         return cls(kind, tuple(lines[:count]), facts["prompts_sha256"], images_per_prompt, str(folder), facts["side"],
                    facts["prefix"], facts["features"])  # fmt: skip
@@ -167,10 +169,7 @@ class PromptProtocol:
         )  # fmt: skip
         found, missing = kit.build(chosen(metrics, self._usual()))
         facts: dict[str, Any] = {key: value for key, value in asdict(self).items() if key != "prompts"}
-        facts |= {
-            "count": len(self.prompts),
-            "clip": weights.paths.get("clip", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"),
-        }
+        facts |= {"count": len(self.prompts), **self._words(weights, found)}
         if self.folder is not None:
             facts["prepared"] = json.loads((Path(self.folder) / FACTS).read_text(encoding="utf-8"))
             facts["statistics_sha256"] = fingerprint(str(Path(self.folder) / STATISTICS))
@@ -178,6 +177,17 @@ class PromptProtocol:
             self.prompts, self.images_per_prompt, found, facts, missing,
             kept_prompts=min(64 if any(not metric.observers for metric in found) else 8, len(self.prompts)),
         )  # fmt: skip
+
+    def _words(self, weights: Weights, metrics: Sequence[Metric]) -> dict[str, str]:
+        """What FID and CLIP scores look through, and how images are prepared for it."""
+        cut = "no" if self.side is None else f"middle square, by PIL's Lanczos filter to {self.side} pixels of 8 bits"
+        words = {"resize": cut if self.features else f"{cut}; for Inception by PIL's bicubic filter in float to 299"}
+        if self.folder is not None:
+            own = f"the function {self.features}"
+            words["feature_network"] = own if self.features else "clean-fid's Inception of 2015-12-05, pool3"
+        if any("clip" in metric.weights for metric in metrics):
+            words["clip_network"] = f"the CLIP model {weights.named('clip')}"
+        return words
 
     def _usual(self) -> tuple[str, ...]:
         distances = tuple(DISTANCES) if self.folder is not None else ()
@@ -241,8 +251,8 @@ class _Statistics:
 
 def prepare(  # noqa: PLR0913  # what the command asks for
     kind: str,
-    images: Path,
-    prompts: Path,
+    images: Path | None,
+    prompts: Path | None,
     folder: Path,
     *,
     weights: Weights = PLAIN,
@@ -255,8 +265,8 @@ def prepare(  # noqa: PLR0913  # what the command asks for
 
     Args:
         kind: name of a `Standard`.
-        images: folder with the real images, at any depth.
-        prompts: file with the prompts.
+        images: folder with the real images, at any depth; None adds prompts to a folder that has statistics.
+        prompts: file with the prompts; None leaves them to be added later, since statistics need none.
         folder: where it is written.
         weights: where networks lie.
         features: function that gives features instead of Inception, as package.module:name.
@@ -273,7 +283,10 @@ def prepare(  # noqa: PLR0913  # what the command asks for
     if kind not in STANDARDS:
         raise UserError(f"protocol {kind!r} is unknown; choose from {', '.join(STANDARDS)}")
     standard = STANDARDS[kind]
-    texts, prompts_sha256 = _prompts(prompts, standard)
+    texts, prompts_facts = ([], {}) if prompts is None else _prompts(prompts, standard)
+    if images is None:
+        _add_prompts(folder, kind, texts, prompts_facts)
+        return {}
     files = sorted(f for f in images.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)[: standard.real]
     if len(files) < 2:
         raise UserError(f"{images}: holds no images ({', '.join(IMAGE_SUFFIXES)}); {kind} wants {standard.reference}")
@@ -287,23 +300,43 @@ def prepare(  # noqa: PLR0913  # what the command asks for
             on_progress(min(start + batch_size, len(files)), len(files))
     facts = {
         "kind": kind, **{key: value for key, value in asdict(standard).items() if key not in ("real", "patch")},
-        "features": features, "prompts_file": prompts.name, "prompts_sha256": prompts_sha256, "images": len(files),
+        "features": features, **prompts_facts, "images": len(files),
         "images_sha256": digest.hexdigest(), "weights": {one.network.name: one.network.sha256 for one in statistics},
     }  # fmt: skip
-    _write(folder, texts, statistics, facts)
+    tensors = {name: tensor.contiguous() for one in statistics for name, tensor in one.tensors().items()}
+    _write(folder, texts, functools.partial(save_file, tensors), facts)
     return missing
 
 
-def _write(folder: Path, texts: Sequence[str], statistics: Sequence[_Statistics], facts: Mapping[str, Any]) -> None:
+def _write(folder: Path, texts: Sequence[str], save: Callable[[Path], object], facts: Mapping[str, Any]) -> None:
     with replacing(folder) as fresh:
-        (fresh / PROMPTS).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-        tensors = {name: tensor.contiguous() for one in statistics for name, tensor in one.tensors().items()}
-        save_file(tensors, fresh / STATISTICS)
+        if texts:
+            (fresh / PROMPTS).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+        save(fresh / STATISTICS)
         (fresh / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _prompts(file: Path, standard: Standard) -> tuple[list[str], str]:
-    """The first prompts of a file, each in one line, and the file's hash; MJHQ's is {id: {category, prompt}}."""
+def _add_prompts(folder: Path, kind: str, texts: Sequence[str], told: Mapping[str, str]) -> None:
+    if not texts or not (folder / FACTS).is_file():
+        raise UserError(f"{folder}: has no statistics yet; give --images DIR, the folder with the real images")
+    facts = {**_facts_of(folder, kind), **told}
+    _write(folder, texts, functools.partial(shutil.copyfile, folder / STATISTICS), facts)
+
+
+def _facts_of(folder: Path, kind: str) -> dict[str, Any]:
+    """What `prepare` wrote about a folder.
+
+    Raises:
+        UserError: it is of another protocol.
+    """
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if facts["kind"] != kind:
+        raise UserError(f"{folder / FACTS}: was prepared for {facts['kind']}, not for {kind}")
+    return facts
+
+
+def _prompts(file: Path, standard: Standard) -> tuple[list[str], dict[str, str]]:
+    """The first prompts of a file, each in one line, and facts of it; MJHQ's is {id: {category, prompt}}."""
     content: Any = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else None
     if isinstance(content, dict):
         found: Sequence[str] = [entry["prompt"] for entry in content.values()]
@@ -312,7 +345,8 @@ def _prompts(file: Path, standard: Standard) -> tuple[list[str], str]:
     if len(found) < standard.count:
         raise UserError(f"{file}: has {len(found):,} prompts, the protocol wants {standard.count:,}: "
                         f"{standard.source}")  # fmt: skip
-    return [" ".join(text.split()) for text in found[: standard.count]], fingerprint(str(file))
+    told = {"prompts_file": file.name, "prompts_sha256": fingerprint(str(file))}
+    return [" ".join(text.split()) for text in found[: standard.count]], told
 
 
 def _networks(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepdistill.bench.report import COLUMNS
+from stepdistill.bench.report import COLUMNS, headings
 
 
 Row = Mapping[str, Any]
@@ -47,6 +47,6 @@ def series(model: str) -> str:
     return STEPS.sub("", model)
 
 
-def heading(column: str) -> str:
-    """What tables call a column."""
-    return COLUMNS[column][0] if column in COLUMNS else column.replace("_", " ")
+def heading(column: str, rows: Sequence[Row] = ()) -> str:
+    """What tables call a column; a Frechet distance of few images in `rows`, with their number."""
+    return headings(rows, [column])[0] if column in COLUMNS else column.replace("_", " ")

@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,8 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "images_per_second": ("images / s", "{:.3g}"),
     "parameters": ("parameters", "{:,}"),
 }
+DISTANCES = ("fid", "fd_dinov2", "patch_fid")  # which grow as images get fewer
+THROUGH_CLIP = ("clip_score", "clip_distance", "feature_diversity", "vendi")
 TERMINAL_COLUMNS = ("model", "nfe", "fid", "clip_score", "caption_accuracy", "diversity", "ms_per_image")
 
 
@@ -61,11 +63,12 @@ class Row:
 
     `nfe`: network calls per image. `caption_accuracy`, `images_all_correct`: shares in [0, 1]. `diversity`: relative
     to real data. `precision`, `recall`: shares of features within the other set's neighbourhood. `peak_gib`:
-    accelerator memory while making images. `lpips`, `clip_distance`: to the first model's image of the same prompt and
-    noise. `lpips_diversity`, `feature_diversity`, `vendi`: between the images of a prompt. `latency_ms`: of a call for
-    one image, text included. `images_per_second`: text included. `parameters`: of the denoiser. `times`: milliseconds
-    per image in text encoders, denoiser and decoder (text, denoiser, vae). `intervals`: column => 95 % interval.
-    `others`: metrics of the user's own.
+    accelerator memory while making images, with the model and without the networks of metrics. `lpips`,
+    `clip_distance`: to the first model's image of the same prompt and noise, at its most steps. `lpips_diversity`,
+    `feature_diversity`, `vendi`: between the images of a prompt. `latency_ms`: of a call for one image, text included.
+    `images_per_second`: text included. `parameters`: of the denoiser. `times`: milliseconds per image in text
+    encoders, denoiser and decoder (text, denoiser, vae). `intervals`: column => 95 % interval. `others`: metrics of
+    the user's own.
     """
 
     model: str
@@ -148,7 +151,9 @@ class Report:
             "NFE counts network calls per image; a doubled batch, as guidance needs, counts twice.",
             "ms / image covers the denoiser and the decoder, after a warm-up batch; text encoding is left out.",
         ]
-        counts = sorted({row.images for row in self.rows if row.images is not None and row.fid is not None})
+        notes += self._conditions()
+        counts = sorted({row.images for row in self.rows if row.images is not None
+                         and any(getattr(row, column) is not None for column in DISTANCES)})  # fmt: skip
         if counts and counts[0] < ORDINARY_COUNT:
             notes.append(
                 f"Warning: FID grows as images get fewer, and {counts[0]:,} are fewer than {ORDINARY_COUNT:,}. These "
@@ -156,11 +161,34 @@ class Report:
             )
         for metric, reason in self.protocol.get("missing", {}).items():
             notes.append(f"Not measured: {metric}: {reason}.")
+        for model, facts in self.protocol.get("cells", {}).items():
+            if facts.get("surplus"):
+                notes.append(f"Caution: {model} has {facts['surplus']:,} images more in its folder than the protocol "
+                             "wants; measured are the first by name, 2.png before 10.png.")  # fmt: skip
         real = self.protocol.get("real")
         if real:
             texts = [f"{COLUMNS[key][0]} {written(key, value)}" for key, value in real.items()]
             notes.append(f"Real scenes for the same prompts, as many as each model makes, have {', '.join(texts)}.")
         return notes
+
+    def _conditions(self) -> Iterator[str]:
+        """What the figures depend on, as far as the protocol says it."""
+        said = self.protocol
+        if said.get("exact"):
+            yield "Rows were computed one by one (--exact), so times are longer than those of batches."
+        if said.get("left_out"):
+            yield f"Measured without {' and '.join(said['left_out'])}."
+        if said.get("feature_network") and self._has("fid", "kid", "precision", "recall"):
+            yield f"FID, KID, precision and recall are of features of {said['feature_network']}."
+            yield f"How images are resized: {said.get('resize')}."
+        if said.get("clip_network") and self._has(*THROUGH_CLIP):
+            prefix = f"{said['prefix']!r} stands before" if said.get("prefix") else "nothing stands before"
+            yield f"CLIP scores, 100 times the cosine, are of {said['clip_network']}; {prefix} the prompts."
+        if said.get("baseline"):
+            yield f"LPIPS and CLIP distance to teacher are to the images of {said['baseline']}."
+
+    def _has(self, *columns: str) -> bool:
+        return any(getattr(row, column) is not None for row in self.rows for column in columns)
 
     def to_table(self) -> Table:
         """The rows as a rich table for the terminal: the columns that fit 80 characters; report.md has all of them."""
@@ -211,15 +239,16 @@ def used_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def headings(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
     """What tables call the columns."""
-    return [fid_name(rows) if column == "fid" else COLUMNS.get(column, (column, ""))[0] for column in columns]
+    return [distance_name(rows, c) if c in DISTANCES else COLUMNS.get(c, (c, ""))[0] for c in columns]
 
 
-def fid_name(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The heading FID, or FID-N if some value is of N < 2,048 images, where its bias matters."""
-    counts = {row["images"] for row in rows if row.get("fid") is not None and row.get("images") is not None}
+def distance_name(rows: Sequence[Mapping[str, Any]], column: str = "fid") -> str:
+    """The heading of a Frechet distance: FID, or FID-N if some value is of N < 2,048 images, where it is biased."""
+    name = COLUMNS[column][0]
+    counts = {row["images"] for row in rows if row.get(column) is not None and row.get("images") is not None}
     if not counts or min(counts) >= ORDINARY_COUNT:
-        return "FID"
-    return f"FID-{min(counts)}" if len(counts) == 1 else "FID-N (N: images)"
+        return name
+    return f"{name}-{min(counts)}" if len(counts) == 1 else f"{name}-N (N: images)"
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,8 +286,11 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def installed_versions() -> dict[str, str]:
     """Versions that results depend on."""
-    names = ("stepdistill", "torch", "diffusers", "transformers", "peft")
-    versions = {"python": platform.python_version()}
+    import torch
+
+    names = ("stepdistill", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pillow", "clean-fid",
+             "torchmetrics")  # fmt: skip
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or "none"}
     for name in names:
         try:
             versions[name] = importlib.metadata.version(name)

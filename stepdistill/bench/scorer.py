@@ -116,7 +116,9 @@ class Scorer:
             clip=lambda: (EVALUATOR, sha256, Clip(folder, self.device)), reference=self._reference, judged=self.judge,
         )  # fmt: skip
         found, missing = kit.build(chosen(metrics, USUAL))
-        facts = {"kind": "shapes", **asdict(self.protocol), "real": self.real_scores()}
+        evaluator = f"the CLIP model {self.protocol.evaluator}"
+        facts = {"kind": "shapes", **asdict(self.protocol), "real": self.real_scores(), "feature_network": evaluator,
+                 "clip_network": evaluator, "resize": "no, but to the evaluator's own input"}  # fmt: skip
         kept = 64 if any(not metric.observers for metric in found) else 8
         return Study(
             tuple(self.captions), self.protocol.images_per_prompt, found, facts, missing,

@@ -26,7 +26,8 @@ class Study:
         prompts: P texts.
         images_per_prompt: K.
         metrics: what is measured.
-        facts: the record: everything that says what the numbers mean.
+        facts: the record: everything that says what the numbers mean. Of it, reports tell in words `feature_network`
+            (of FID, KID, precision and recall), `clip_network`, `prefix` of its prompts, and `resize`.
         missing: metric => why it is not measured.
         kept_prompts: of how many prompts images are kept for pictures and distances between images.
         seeds: the protocol's own.

@@ -74,7 +74,7 @@ def inspect_path(path: Path) -> Findings:
         return _pipeline(path)
     if (path / "pipeline" / "model_index.json").is_file():
         return _pipeline(path / "pipeline")
-    inner = _only_tensors(path)
+    inner = only_tensors(path)
     if inner is not None:
         return _file(inner)
     if (path / FACTS_FILE).is_file():
@@ -86,7 +86,7 @@ def inspect_path(path: Path) -> Findings:
                     "model itself")  # fmt: skip
 
 
-def _only_tensors(folder: Path) -> Path | None:
+def only_tensors(folder: Path) -> Path | None:
     """The safetensors file that a folder is about."""
     named = [folder / name for name in LORA_NAMES if (folder / name).is_file()]
     files = named or sorted(folder.glob("*.safetensors"))
@@ -189,7 +189,7 @@ def _lora(header: Header) -> Findings:
         doubts.append(f"It holds {found.kind} tensors, of which Diffusers loads some kinds only in part.")
     if found.alpha == METADATA_ALPHA and found.scales != (1.0,):
         doubts.append("Programs that do not read this metadata apply it at full scale; fold alpha / rank into lora_B.")
-    guess = Guess(from_facts(facts), "") if facts.get("steps") else from_name(recognise(_spoken(header)))
+    guess = Guess(from_facts(facts), "") if facts.get("steps") else from_name(recognise(spoken(header)))
     if guess is None:
         doubts.append("Nothing says for which steps and guidance it was made; ask its maker.")
     elif guess.because:
@@ -211,7 +211,7 @@ def _weights(header: Header) -> Findings:
     if not known:
         return Findings("tensors of an unknown kind", tuple(shown), ("Their names fit no known diffusion model.",))
     shown.append(("guidance", "an input of the network" if takes_guidance(names) else "classifier-free above 1"))
-    guess = from_name(recognise(_spoken(header)))
+    guess = from_name(recognise(spoken(header)))
     doubts = [guess.because] if guess else ["Nothing says for which steps and guidance it was made; ask its maker."]
     kind = "whole model in one file" if whole else "weights of a denoising network alone"
     code = network_code(header.file, base, guess.call if guess else None, whole=whole)
@@ -237,7 +237,7 @@ def _guidance_adapter(header: Header) -> Findings:
 # ---- what is written beside them ---------------------------------------------------------------------------------
 
 
-def _spoken(header: Header) -> str:
+def spoken(header: Header) -> str:
     """Everything about a file in which its model's name may stand."""
     told = [header.metadata.get(key, "") for key in ("ss_output_name", "modelspec.title", "modelspec.description")]
     name = header.file.stem if header.file.name not in LORA_NAMES else header.file.resolve().parent.name

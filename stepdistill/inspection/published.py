@@ -74,10 +74,17 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Recognised:
-    """A known model, and the number of steps that the name says or its makers recommend."""
+    """A known model, and the number of steps that the name says or its makers recommend.
+
+    Attributes:
+        model: the known one.
+        steps: as above.
+        fixed: it is for so many steps and no others, as its name or its timesteps say.
+    """
 
     model: Published
     steps: int
+    fixed: bool = False
 
 
 def recognise(text: str) -> Recognised | None:
@@ -87,5 +94,6 @@ def recognise(text: str) -> Recognised | None:
     if found is None:
         return None
     told = re.search(r"(\d+)[-_ ]?steps?(?![a-z])", lowered)
-    fixed = found.steps if told is None or "timesteps" in found.extra else int(told[1])
-    return Recognised(found, fixed)
+    own = "timesteps" in found.extra
+    steps = found.steps if told is None or own else int(told[1])
+    return Recognised(found, steps, own or told is not None)

@@ -27,7 +27,7 @@ class Seen:
         images_per_prompt: K.
         values: observer's name => (N, ...).
         images: of the first prompts, (n, 3, H, W) bytes; n may be 0.
-        baseline: the same of the first model, which others are compared with; None for that model itself.
+        baseline: the same of the first model at its most steps, which others are compared with; None for itself.
     """
 
     prompts: Sequence[str]

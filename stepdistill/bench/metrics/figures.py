@@ -72,7 +72,8 @@ class FeatureDistances:
         real = self.reference.features
         if real is not None and "kernel" in self.columns:
             value, parts = kernel_distance(features, real), kernel_influence(features, real)
-            found["kernel"] = spread(value, resamples.weights @ _by_prompt(parts, resamples) / resamples.prompts)
+            drawn = resamples.weights @ _by_prompt(parts, resamples) / resamples.prompts
+            found["kernel"] = resamples.spread(value, drawn)
         if real is not None and {"precision", "recall"} & set(self.columns):
             found |= _covered(features, real[: len(features)], resamples)
         return {self.columns[name]: estimate for name, estimate in found.items() if name in self.columns}

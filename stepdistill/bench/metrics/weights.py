@@ -67,13 +67,20 @@ class Weights:
                 raise UserError(f"--weights {name}: no metric has weights of this name; choose from "
                                 f"{', '.join(SOURCES)}")  # fmt: skip
 
+    def named(self, name: str) -> str:
+        """What tells a network in words: the path that was given, else the hub id that it comes from."""
+        return self._given(name) or SOURCES[name].hub or SOURCES[name].what
+
+    def _given(self, name: str) -> str | None:
+        return self.paths.get(name) or os.environ.get(_variable(name))
+
     def find(self, name: str) -> str:
         """The file or folder of a network.
 
         Raises:
             MissingError: it is nowhere; says what was wanted and how to give it.
         """
-        source, given = SOURCES[name], self.paths.get(name) or os.environ.get(_variable(name))
+        source, given = SOURCES[name], self._given(name)
         wanted = f"{source.what} for --weights {name}=PATH or {_variable(name)}"
         if given is not None:
             place = Path(given)

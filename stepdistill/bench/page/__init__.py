@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.bench.plots import pareto_svg
 from stepdistill.bench.quality import heading, less_is_better, measured_qualities, series
-from stepdistill.bench.report import Report, fid_name, flat, headings, used_columns, written, written_interval
+from stepdistill.bench.report import Report, flat, headings, used_columns, written, written_interval
 
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def render_page(report: Report, samples: Mapping[str, Tensor], captions: Sequenc
         columns=[{"heading": text, "first": _sorted_first(column)}
                  for column, text in zip(columns, headings(rows, columns), strict=True)],
         rows=[[_cell(row, column) for column in columns] for row in rows],
-        figures=[{"column": column, "heading": fid_name(rows) if column == "fid" else heading(column),
+        figures=[{"column": column, "heading": heading(column, rows),
                   "svg": pareto_svg(report, column)} for column in measured_qualities(rows)],
         limits=sorted({cell.nfe for model in models for cell in model["cells"]}, key=float),
         record=report.to_json(),
