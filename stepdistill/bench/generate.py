@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.assets import resolve_model_path
-from stepdistill.bench.loading import open_pipeline, put_on_adapter
+from stepdistill.bench.loading import check_size, open_pipeline, put_on_adapter
 from stepdistill.bench.meter import Meter, metered, timed_parts
 from stepdistill.bench.rows import one_by_one, own_noise
 from stepdistill.errors import UserError, first_line
@@ -65,6 +65,8 @@ class ModelUnderTest:
         config: of one file of weights, the Diffusers folder or hub id whose other files it goes with; None asks the
             hub for what fits.
         rule: of several students whose prompts are divided by a function, that function: "package.module:name".
+        height: of the images in pixels; None: the pipeline's own.
+        width: the same.
     """
 
     name: str
@@ -83,6 +85,14 @@ class ModelUnderTest:
     adapter: str | None = None
     config: str | None = None
     rule: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def size_options(self) -> dict[str, int]:
+        """The arguments of a pipeline's call that say how large its images are; none where it decides itself."""
+        sides = {"height": self.height, "width": self.width}
+        return {name: side for name, side in sides.items() if side is not None}
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,8 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu") -> DiffusionPip
     """Loads a model under test, from safetensors only.
 
     Raises:
-        UserError: if the folder, the LoRA or the scheduler cannot be loaded; the text names the model.
+        UserError: if the folder, the LoRA or the scheduler cannot be loaded, or it makes no images of that size; the
+            text names the model.
     """
     if model.precision not in PRECISIONS:
         raise UserError(f"{model.name}: precision {model.precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
@@ -116,6 +127,8 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu") -> DiffusionPip
         raise UserError(f"{model.name}: {path} cannot be loaded as a Diffusers pipeline ({reason})") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"{model.name}: {type(pipeline).__name__} takes no prompt; the benchmark needs text-to-image")
+    if model.size_options:
+        check_size(pipeline, model.size_options, model.name)
     if model.lora is not None:
         _load_lora(pipeline, model)
     if model.adapter is not None:
@@ -140,9 +153,9 @@ def _with_base(pipeline: Any, model: ModelUnderTest) -> Any:
 
 
 def call_options(pipeline: DiffusionPipeline, model: ModelUnderTest) -> dict[str, float]:
-    """Arguments of the pipeline's call that say how the model is sampled."""
+    """Arguments of the pipeline's call that say how the model is sampled, and how large."""
     guidance = model.guidance_scale if model.adapter is None else 1.0
-    options = {"num_inference_steps": model.steps, "guidance_scale": guidance}
+    options = {"num_inference_steps": model.steps, "guidance_scale": guidance, **model.size_options}
     return {**options, "eta": model.eta} if "eta" in inspect.signature(pipeline.__call__).parameters else options
 
 
