@@ -16,7 +16,7 @@ import typer
 import stepdistill
 from stepdistill.cli_bench import bench_app
 from stepdistill.cli_data import data_app
-from stepdistill.cli_models import PLAIN_GUIDANCE, PLAIN_STEPS
+from stepdistill.cli_models import PLAIN_GUIDANCE, PLAIN_STEPS, HeightOption, WidthOption
 from stepdistill.cli_models import facts_of as _facts
 from stepdistill.cli_models import model_under_test as _model_under_test
 from stepdistill.cli_models import parse_model as _parse_model
@@ -186,6 +186,8 @@ def sample(  # noqa: PLR0913  # an argument is an option of the command
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="1 is no guidance. Default: what the model was distilled for.")
     ] = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     lora: Annotated[str | None, typer.Option(help="LoRA folder or file to load on top of MODEL.")] = None,
@@ -210,7 +212,7 @@ def sample(  # noqa: PLR0913  # an argument is an option of the command
 
     hybrid = {"base": base, "base_replaces": base_replaces, "base_steps": base_steps, "base_guidance": base_guidance}
     given = {"steps": steps, "guidance_scale": guidance_scale, "lora": lora, "adapter": adapter, "rule": rule}
-    given |= hybrid if base is not None else {}
+    given |= {"height": height, "width": width, **(hybrid if base is not None else {})}
     called = _model_under_test(model, given)
     avoid = Avoid.of(negative_prompt, nasa, nag)
     _hide_loading_bars()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stepdistill.cli_models import parse_models
+from stepdistill.cli_models import HeightOption, WidthOption, parse_models
 from stepdistill.errors import UserError
 from stepdistill.terminal import device_of, hide_loading_bars, open_console
 
@@ -64,7 +64,7 @@ def measure(  # noqa: PLR0913  # an argument is an option of the command
             metavar="[NAME=]MODEL[+FILE][,KEY=VALUE]",
             help="Folders, hub ids, single files or folders of images; +FILE puts a LoRA or adapter on one. Behind "
             "commas what differs from how the model wants to be called: name, steps, nfe, guidance_scale, lora, "
-            "scheduler, precision. Example: runs/quickstart teacher=assets/shapes/teacher,nfe=[4,8]. "
+            "scheduler, precision, height, width. Example: runs/quickstart teacher=assets/shapes/teacher,nfe=[4,8]. "
             "`stepdistill bench prepare --help` is about protocols with real images.",
         ),
     ] = None,
@@ -72,6 +72,8 @@ def measure(  # noqa: PLR0913  # an argument is an option of the command
     nfe: Annotated[
         str | None, typer.Option(help="Network calls per image, such as 1,2,4,8, of models that leave them open.")
     ] = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
     protocol: Annotated[str, typer.Option(help="shapes, coco30k, coco10k-sdxl, mjhq30k, or prompts:FILE.")] = "shapes",
     prepared: Annotated[Path, typer.Option(help="Folder of prepared protocols.")] = PREPARED,
     metrics: Annotated[
@@ -100,7 +102,8 @@ def measure(  # noqa: PLR0913  # an argument is an option of the command
     """Measure exported models: quality against network calls."""
     _go_offline(offline)
     calls = _calls(nfe)
-    tested = [cell for text in [*(models or []), *(model or [])] for cell in parse_models(text, calls)]
+    size = {"height": height, "width": width}
+    tested = [cell for text in [*(models or []), *(model or [])] for cell in parse_models(text, calls, size)]
     from stepdistill.bench.benchmark import Options, run_benchmark
     from stepdistill.bench.cells import Share
 

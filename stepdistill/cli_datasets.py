@@ -14,6 +14,7 @@ from stepdistill.terminal import device_of, hide_loading_bars, open_console
 
 if TYPE_CHECKING:
     from stepdistill.data.check import Checked
+    from stepdistill.families.base import ModelFamily
     from stepdistill.recipe import Recipe
 
 
@@ -138,10 +139,20 @@ def _check_recipe(recipe: Recipe, pixels: bool) -> Iterator[Checked]:
         return
     size, step = data.size, 1
     if size is None or data.buckets is not None:  # only the teacher knows its size and its tokens'
-        from stepdistill.families import load_family
-
-        hide_loading_bars()
-        family = load_family(recipe.teacher, **recipe.teacher_options())
+        family = _teacher_of_shapes(recipe)
         size, step = size or family.image_size, family.pixel_step
     buckets = () if data.buckets is None else parse_buckets(data.buckets, size, step)
     yield check_images(data.images, size, buckets=buckets, count=data.count, pixels=pixels)
+
+
+def _teacher_of_shapes(recipe: Recipe) -> ModelFamily:
+    """What knows the sizes of a teacher's images: its configuration files are read, and no weights."""
+    from stepdistill.families import load_family
+    from stepdistill.resources.meter import fake_mode
+    from stepdistill.resources.skeleton import family_without_weights
+
+    hide_loading_bars()
+    place = recipe.teacher_config or recipe.teacher
+    if place.endswith(".safetensors"):  # one file, of which the weights alone say what it is
+        return load_family(recipe.teacher, **recipe.teacher_options())
+    return family_without_weights(place, fake_mode())

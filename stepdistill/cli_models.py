@@ -6,7 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 import typer
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from stepdistill.bench.generate import ModelUnderTest
 
 PLAIN_STEPS, PLAIN_GUIDANCE = 25, 3.0  # for models that do not say how they want to be called, such as teachers
+HeightOption = Annotated[int | None, typer.Option(min=1, help="Of the images, in pixels. Default: the model's own.")]
+WidthOption = Annotated[int | None, typer.Option(min=1, help="The same.")]
 COMMA = re.compile(r",(?![^\[]*\])")  # one that is not within brackets
 
 
@@ -33,7 +38,9 @@ def parse_model(text: str) -> ModelUnderTest:
     return models[0]
 
 
-def parse_models(text: str, nfe: Sequence[int] = ()) -> list[ModelUnderTest]:
+def parse_models(
+    text: str, nfe: Sequence[int] = (), common: Mapping[str, Any] = MappingProxyType({})
+) -> list[ModelUnderTest]:
     """``[name=]path[+file][,key=value,...]`` => how that model is called, once for each cell that it stands for.
 
     ``+file`` puts a LoRA or a guidance adapter on the model. ``nfe=[1,2,4]`` calls it at several numbers of network
@@ -42,6 +49,7 @@ def parse_models(text: str, nfe: Sequence[int] = ()) -> list[ModelUnderTest]:
     Args:
         text: as above.
         nfe: numbers of network calls for a model that does not say how many steps it wants.
+        common: keys of all models, for those that do not say otherwise.
 
     Raises:
         UserError: what cannot be understood.
@@ -51,7 +59,7 @@ def parse_models(text: str, nfe: Sequence[int] = ()) -> list[ModelUnderTest]:
     if isinstance(schedulers, list):
         given["scheduler"] = None
     path, addon = _addon(path)
-    model = model_under_test(path, {**addon, **({"name": name} if name else {}), **given})
+    model = model_under_test(path, {**common, **addon, **({"name": name} if name else {}), **given})
     models = [model]
     if isinstance(schedulers, list):
         models = [replace(model, name=f"{model.name} ({word})", scheduler=str(word)) for word in schedulers]

@@ -30,6 +30,12 @@ def plan(
         float | None,
         typer.Option(min=0, help="GiB of the device to plan for. Default: what the recipe's device here has."),
     ] = None,
+    num_processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share every batch, each with such a device; what one needs.")
+    ] = 1,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="They divide networks with full weights among themselves (FSDP2).")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to as well.")] = None,
 ) -> None:
     """Say what a recipe needs, without loading weights; exit code 3 if it does not fit."""
@@ -37,10 +43,12 @@ def plan(
     from stepdistill.resources.downloads import downloads
     from stepdistill.resources.plan import plan as make_plan
 
+    if shard and num_processes == 1:
+        raise UserError("--shard: there is nobody to divide a network with; add --num-processes")
     loaded = Recipe.load(recipe, overrides or [])
     hide_loading_bars()
     device, capacity = _device_for(loaded.device) if memory is None else ("the device", int(memory * 2**30))
-    made = make_plan(loaded, device=device, capacity_bytes=capacity)
+    made = make_plan(loaded, device=device, capacity_bytes=capacity, num_processes=num_processes, shard=shard)
     wanted = downloads(loaded)
     _show(made, wanted)
     if output is not None:
@@ -78,7 +86,8 @@ def _show(made: MemoryPlan, wanted: list[Download]) -> None:
         console.print(f"to download: {entry.name}, {size}; {entry.note}", markup=False, highlight=False)
     if not wanted:
         console.print("to download: nothing")
-    peak = f"peak {made.peak_bytes / 2**30:.2f} GiB"
+    each = f" in each of {made.num_processes} processes" if made.num_processes > 1 else ""
+    peak = f"peak {made.peak_bytes / 2**30:.2f} GiB{each}"
     if made.capacity_bytes is None:
         console.print(f"{peak}; what {made.device} has is unknown", highlight=False)
         return

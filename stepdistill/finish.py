@@ -14,7 +14,7 @@ from stepdistill.adapters import SharedNetwork, copy_into
 from stepdistill.data.sampler import StockSampler
 from stepdistill.denoiser import AdapterWeights, OwnWeights
 from stepdistill.export.adapter import export_adapter
-from stepdistill.export.lora import difference_lora, export_lora
+from stepdistill.export.lora import add_lora, difference_lora, export_lora
 from stepdistill.export.pipeline import atomic_folder, export_pipeline, forget_origin
 from stepdistill.export.verify import ImageRequest, verify_export
 from stepdistill.run_folder import STUDENT
@@ -172,8 +172,15 @@ def _export_lora(
     display.say(f"lora/: rank {rank} keeps {1 - difference_state.residual:.0%} of the full student's change; "
                 "train with weights: {lora: ...} for a LoRA that loses nothing")  # fmt: skip
     lost = {"residual": difference_state.residual, "untargeted": difference_state.untargeted}
-    return export_lora(family, difference_state.state, rank=rank, alpha=rank, folder=folder.lora, spec=spec,
+    lora = export_lora(family, difference_state.state, rank=rank, alpha=rank, folder=folder.lora, spec=spec,
                        facts={**facts, **lost}, naming=recipe.export.lora_format)  # fmt: skip
+    # Not the student's images, but those of what the file keeps of it.
+    kept = family.plain_network()
+    kept.load_state_dict(family.network().state_dict())
+    add_lora(kept, difference_state.state)
+    difference = check(family, kept, spec, Path(keep_teacher(family, folder)), lora)
+    display.say(f"{lora}: a fresh process with plain Diffusers differs by at most {difference:.1e} from what is kept")
+    return lora
 
 
 def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, display: Display, device: str) -> Report:
@@ -186,12 +193,13 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
     assert config is not None, "the caller asks only if the recipe does"
     steps, guidance = config.teacher_steps, config.teacher_guidance
     teacher_path = known_teacher(recipe, folder)
-    teacher = ModelUnderTest(f"teacher, {steps} steps", teacher_path, steps, guidance)
+    size = {"height": recipe.data.size, "width": recipe.data.size}  # at which the student was trained
+    teacher = ModelUnderTest(f"teacher, {steps} steps", teacher_path, steps, guidance, **size)
     seconds = folder.train_seconds()
     several, adapter = recipe.multi_student, None
     path = str(folder.pipeline if several is None else folder.path)
     if spec is None:
-        models = [ModelUnderTest(f"{recipe.name}, {steps} steps", path, steps, guidance, train_seconds=seconds)]
+        models = [replace(teacher, name=f"{recipe.name}, {steps} steps", path=path, train_seconds=seconds)]
     else:
         one = replace(teacher, name="teacher, 1 step", steps=1, scheduler="lcm")
         plural = "step" if spec.num_steps == 1 else "steps"
@@ -202,7 +210,7 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
         name = "student" if several is None else f"{several.students} students"
         rule = None if several is None else several.rule
         student = ModelUnderTest(f"{name}, {spec.num_steps} {plural}", path, spec.num_steps, spec.guidance_scale,
-                                 eta=spec.eta, train_seconds=seconds, adapter=adapter, rule=rule)  # fmt: skip
+                                 eta=spec.eta, train_seconds=seconds, adapter=adapter, rule=rule, **size)  # fmt: skip
         models = [teacher, one, student]
     protocol = ShapesProtocol(config.prompts, config.images_per_prompt, evaluator=config.evaluator)
     with display.counting("measuring") as count:

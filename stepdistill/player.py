@@ -86,6 +86,11 @@ class Player:
         """Of the next update."""
         return float(self._scheduler.get_last_lr()[0])
 
+    @property
+    def averages(self) -> list[Tensor]:
+        """The moving averages of the parameters; none where the role keeps none."""
+        return [] if self._ema is None else list(self._ema.shadow_params)
+
     def step(self) -> float:
         """One update from the gradients accumulated so far => the gradient's norm before clipping.
 

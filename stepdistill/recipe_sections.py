@@ -216,8 +216,8 @@ class HealthConfig(Section):
 class ExportConfig(Section):
     """What is left behind: a Diffusers pipeline, a LoRA file (of full weights: by truncated SVD at this rank).
 
-    ``lora_format`` is how its layers are named: as Diffusers does, with kohya's prefixes before Diffusers' names of
-    the blocks (which is how kohya's programs name those of Stable Diffusion 1.x and 2.x), or both, a file each.
+    ``lora_format`` is how its layers are named: as Diffusers does, as kohya's programs do (of Stable Diffusion 1.x and
+    2.x by Diffusers' names of the blocks, of SDXL by those of its own code), or both, a file each.
     """
 
     pipeline: bool = True

@@ -82,12 +82,15 @@ def open_images(
     from stepdistill.data.prompts import PromptSet
 
     data, family = recipe.data, batches.family
-    images = open_image_set(recipe, family)
-    display.say(images.summary())
-    images = images if part is None else part.images(images, data.count)
+    everything = open_image_set(recipe, family)
+    display.say(everything.summary())
+    share = None if part is None else part.images(everything, data.count)
+    images = share or everything
     if data.cache_folder is not None:
-        count = _number_of(images, recipe)
-        latents = open_latents(Path(data.cache_folder), family, images, count)
+        # What was prepared is for all students; each of them plays its own share of it.
+        latents = open_latents(Path(data.cache_folder), family, everything, _number_of(everything, recipe))
+        if share is not None:
+            latents.keep(share.numbers)
     elif not data.cache or data.count is None:
         processes = batches.num_processes
         batches.latents = LatentsOnTheFly(family, images, num_processes=processes, workers=data.workers)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.assets import resolve_model_path
-from stepdistill.bench.loading import leave_out_checks, open_pipeline, put_on_adapter
+from stepdistill.bench.loading import check_size, leave_out_checks, open_pipeline, put_on_adapter
 from stepdistill.bench.meter import Meter, metered, timed_parts
 from stepdistill.bench.rows import one_by_one, own_noise
 from stepdistill.errors import UserError, first_line
@@ -69,6 +69,8 @@ class ModelUnderTest:
             hub for what fits.
         rule: of several students whose prompts are divided by a function, that function: "package.module:name".
         timesteps: those that the model is called at, instead of the scheduler's for so many steps.
+        height: of the images in pixels; None: the pipeline's own.
+        width: the same.
     """
 
     name: str
@@ -88,6 +90,14 @@ class ModelUnderTest:
     config: str | None = None
     rule: str | None = None
     timesteps: tuple[int, ...] | None = None
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def size_options(self) -> dict[str, int]:
+        """The arguments of a pipeline's call that say how large its images are; none where it decides itself."""
+        sides = {"height": self.height, "width": self.width}
+        return {name: side for name, side in sides.items() if side is not None}
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,8 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu", bare: bool = Fa
         bare: without safety checker and watermark, which measuring leaves out.
 
     Raises:
-        UserError: if the folder, the LoRA or the scheduler cannot be loaded; the text names the model.
+        UserError: if the folder, the LoRA or the scheduler cannot be loaded, or it makes no images of that size; the
+            text names the model.
     """
     if model.precision not in PRECISIONS:
         raise UserError(f"{model.name}: precision {model.precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
@@ -126,6 +137,8 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu", bare: bool = Fa
         raise UserError(f"{model.name}: {path} cannot be loaded as a Diffusers pipeline ({reason})") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"{model.name}: {type(pipeline).__name__} takes no prompt; the benchmark needs text-to-image")
+    if model.size_options:
+        check_size(pipeline, model.size_options, model.name)
     if model.lora is not None:
         _load_lora(pipeline, model)
     if model.adapter is not None:
@@ -153,7 +166,7 @@ def _with_base(pipeline: Any, model: ModelUnderTest, bare: bool) -> Any:
 
 
 def call_options(pipeline: DiffusionPipeline, model: ModelUnderTest) -> dict[str, Any]:
-    """Arguments of the pipeline's call that say how the model is sampled.
+    """Arguments of the pipeline's call that say how the model is sampled, and how large.
 
     Raises:
         UserError: the model is called at timesteps of its own, which the pipeline does not take.
@@ -164,7 +177,7 @@ def call_options(pipeline: DiffusionPipeline, model: ModelUnderTest) -> dict[str
         if "timesteps" not in accepted:
             raise UserError(f"{model.name}: {type(pipeline).__name__} takes no timesteps; leave them out")
         options = {"timesteps": list(model.timesteps)}
-    options["guidance_scale"] = model.guidance_scale if model.adapter is None else 1.0
+    options |= {"guidance_scale": model.guidance_scale if model.adapter is None else 1.0, **model.size_options}
     return {**options, "eta": model.eta} if "eta" in accepted else options
 
 

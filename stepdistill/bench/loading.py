@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
     from stepdistill.bench.generate import ModelUnderTest
 
+PIXEL_STEP = 8
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CHECKS = ("safety_checker", "watermarker")  # components that judge or mark images, and make none
 
@@ -83,6 +87,31 @@ def leave_out_checks(pipeline: Any) -> None:
     stock = pipeline.stock if isinstance(pipeline, RoutedPipeline) else pipeline
     if "watermark" in vars(stock):  # Stable Diffusion XL's, which is no component
         stock.watermark = None
+
+
+def check_size(pipeline: Any, sides: Mapping[str, int], name: str) -> None:
+    """Looks now, and not at the first image, whether a pipeline can be asked for images of a size.
+
+    Args:
+        pipeline: as loaded.
+        sides: arguments of its call, in pixels.
+        name: of the model.
+
+    Raises:
+        UserError: its size is fixed, or a side is no whole number of tokens.
+    """
+    stock = pipeline.stock if isinstance(pipeline, RoutedPipeline) else pipeline
+    accepted = inspect.signature(stock.__call__).parameters
+    parts = stock.components
+    denoiser = parts["unet"] if "unet" in parts else parts["transformer"]
+    for side, pixels in sides.items():
+        if side not in accepted:
+            raise UserError(f"{name}: {type(stock).__name__} makes images of one size; leave out {side}")
+        # Whatever their autoencoder, stock pipelines want multiples of 8.
+        step = math.lcm(PIXEL_STEP, stock.vae_scale_factor * int(denoiser.config.get("patch_size") or 1))
+        if pixels < 1 or pixels % step:
+            raise UserError(f"{name}: {side} is {pixels}; {type(stock).__name__} makes images whose sides are "
+                            f"multiples of {step} pixels")  # fmt: skip
 
 
 def put_on_adapter(pipeline: DiffusionPipeline, path: str, guidance: float, name: str) -> None:

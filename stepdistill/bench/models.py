@@ -79,7 +79,9 @@ def _network_config(path: str, part: str) -> dict[str, Any] | None:
 
 def identity(model: ModelUnderTest) -> dict[str, Any]:
     """What the model's images depend on, with hashes of its weights."""
-    facts = {key: value for key, value in asdict(model).items() if key not in ("name", "train_seconds")}
+    left_out = ("name", "train_seconds", "height", "width")
+    # A size that is not given says nothing, so that cells from before there were sizes stay good.
+    facts = {key: value for key, value in asdict(model).items() if key not in left_out} | model.size_options
     for key in ("path", "lora", "adapter", "base", "scheduler", "config"):
         if facts.get(key) is not None:
             facts[f"{key}_sha256"] = _fingerprint(str(facts[key]))

@@ -82,7 +82,7 @@ class LatentsOnTheFly:
 
 
 class LatentCache:
-    """The first `count` images of a set, encoded once; each epoch plays all of them in an order of its own.
+    """The first `count` images of a set, encoded once; each epoch plays all that are kept in an order of its own.
 
     Args:
         folder: may hold other caches beside this one.
@@ -135,10 +135,19 @@ class LatentCache:
         self._entries = []
         for shard in range(len(self._ranges())):
             try:
-                self._entries += json.loads(self._path(shard, "json").read_text())
+                written = json.loads(self._path(shard, "json").read_text())
             except OSError as error:
                 raise UserError(f"{self._path(shard, 'json')}: is missing, so this cache of encoded images is not "
                                 "complete; make it again, it goes on from whole files") from error  # fmt: skip
+            self._entries += [{**entry, "shard": shard} for entry in written]
+        self._arrange()
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """From now on plays these of the encoded images alone, in this order of their numbers; call it once opened."""
+        self._entries = [self._entries[number] for number in numbers]
+        self._arrange()
+
+    def _arrange(self) -> None:
         if self._images.buckets:
             self._order = BucketOrder([Size(*entry["size"]) for entry in self._entries])
 
@@ -150,7 +159,7 @@ class LatentCache:
     def batch(self, seed: int, start: int, count: int, parts: int = 1) -> LatentBatch:
         """Draws from the posteriors of these samples, on the autoencoder's device."""
         if self._order is None:
-            indices = epoch_indices(seed, start, count, self._count)
+            indices = epoch_indices(seed, start, count, len(self._entries))
         else:
             indices = grouped(self._order, seed, start, count, parts)
         mean, std = (self._rows(name, indices).to(self._family.device) for name in ("mean", "std"))
@@ -169,7 +178,7 @@ class LatentCache:
         rows = []
         for index in indices:
             entry = self._entries[index]
-            tensors = self._shard(index // self._shard_size)
+            tensors = self._shard(entry["shard"])
             rows.append(tensors[_key(name, Size(*entry["size"]))][entry["row"]])
         return torch.stack(rows)
 

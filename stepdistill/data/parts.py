@@ -48,7 +48,7 @@ class Part:
         dropped = {**prompts.dropped, "of other students": len(prompts) - len(kept)}
         return PromptSet(tuple(kept), prompts.source, dropped if self.students > 1 else prompts.dropped)
 
-    def images(self, images: ImageSet, count: int | None) -> ImageSet:
+    def images(self, images: ImageSet, count: int | None) -> PartOfImages:
         """Those among the first `count` images (None: all) whose captions are of the student.
 
         Raises:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stepdistill.errors import UserError
 from stepdistill.export.pipeline import atomic_folder, write_facts
 from stepdistill.export.schedulers import family_scheduler
+from stepdistill.export.sgm import sgm_names
 
 
 if TYPE_CHECKING:
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 KOHYA_FILE = "kohya_lora.safetensors"
-
-# Reading kohya's names, Diffusers takes the numbers off those of these two layers of SDXL, unless they are named as in
-# SDXL's own code, which other programs know as well.
-SDXL_NAMES = {"lora_unet_add_embedding_linear_1": "lora_unet_label_emb_0_0",
-              "lora_unet_add_embedding_linear_2": "lora_unet_label_emb_0_2"}  # fmt: skip
 
 Naming = Literal["diffusers", "kohya", "both"]
 
@@ -94,6 +90,19 @@ def difference_lora(
     total += left
     scale = 1 / total if total > 0 else 0.0
     return LoraDifference(state, rank, ((truncated + left) * scale) ** 0.5, (left * scale) ** 0.5)
+
+
+def add_lora(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Adds adapters with PEFT's keys and alpha equal to the rank to the weights of a network, in place."""
+    import torch
+
+    with torch.no_grad():
+        for key, lora_a in state.items():
+            layer, _, side = key.rpartition(".lora_")
+            if side == "A.weight":
+                weight = network.get_parameter(f"{layer}.weight")
+                change = state[f"{layer}.lora_B.weight"].flatten(1) @ lora_a.flatten(1)
+                weight += change.reshape(weight.shape).to(weight)
 
 
 def _target_layers(network: nn.Module, targets: Sequence[str] | None) -> Iterator[str]:
@@ -201,7 +210,8 @@ def export_lora(
                 **{f"{family.network_component}_lora_layers": layers},
             )  # fmt: skip
         if naming in ("kohya", "both"):
-            _save_kohya(layers, rank, new / KOHYA_FILE)
+            renamed = sgm_names(layers, family.network_config.layers_per_block) if family.sgm_blocks else layers
+            _save_kohya(renamed, rank, new / KOHYA_FILE)
         if spec is not None:
             scheduler.save_pretrained(new / "scheduler")
         write_facts(new, spec, type(pipeline), scheduler, {"rank": rank, **(facts or {})}, even=family.even_sigmas)
@@ -216,7 +226,7 @@ def check_format(family: ModelFamily, naming: Naming) -> None:
 
 
 def _save_kohya(layers: Mapping[str, Tensor], rank: int, file: Path) -> None:
-    """Layers of a UNet by PEFT's names, alpha equal to the rank => `lora_unet_<layer>.{lora_down, lora_up, alpha}`."""
+    """A UNet's adapters with PEFT's keys, alpha equal to the rank => `lora_unet_<layer>.lora_down` and so on."""
     from diffusers.utils import convert_state_dict_to_kohya
     from safetensors.torch import save_file
 
@@ -224,8 +234,4 @@ def _save_kohya(layers: Mapping[str, Tensor], rank: int, file: Path) -> None:
     # What these programs show of a file, and what they know a LoRA by.
     facts = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(rank),
              "ss_network_alpha": str(rank)}  # fmt: skip
-    tensors = {}
-    for key, tensor in renamed.items():
-        layer, _, part = key.partition(".")
-        tensors[f"{SDXL_NAMES.get(layer, layer)}.{part}"] = tensor.float().contiguous()
-    save_file(tensors, file, metadata=facts)
+    save_file({key: tensor.float().contiguous() for key, tensor in renamed.items()}, file, metadata=facts)

@@ -39,6 +39,7 @@ class ModelFamily(ABC):
         lora_targets: layers that get a LoRA unless a recipe names others.
         supports_lora_loading: whether the stock pipeline has `load_lora_weights`.
         kohya_naming: whether a LoRA's layers can be named as kohya's and ComfyUI's programs name them.
+        sgm_blocks: whether those programs number its UNet's blocks as SDXL's own code does, `input_blocks` and so on.
         takes_latents: whether the stock pipeline has a `latents` argument.
         scales_noise: whether the stock pipeline multiplies its noise by what the scheduler asks for.
         takes_eta: whether the stock pipeline has an argument `eta` and hands it to its scheduler.
@@ -57,6 +58,7 @@ class ModelFamily(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     supports_lora_loading: ClassVar[bool] = True
     kohya_naming: ClassVar[bool] = False  # Diffusers can rename those of UNets
+    sgm_blocks: ClassVar[bool] = False
     takes_latents: ClassVar[bool] = True
     scales_noise: ClassVar[bool] = True
     takes_eta: ClassVar[bool] = True

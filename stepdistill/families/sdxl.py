@@ -22,6 +22,7 @@ class StableDiffusionXL(UNetFamily):
 
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
+    sgm_blocks = True
 
     def forward(self, network: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
         pooled, ids = condition.tensors["pooled_prompt_embeds"], condition.tensors.get("time_ids")

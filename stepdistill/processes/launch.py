@@ -62,7 +62,7 @@ def check_launch(recipe: Recipe, num_processes: int, *, shard: bool) -> None:
                         f"one of its own; use --num-processes {devices}")  # fmt: skip
     _check_device(recipe)
     if shard:
-        _check_divided(recipe)
+        check_divided(recipe)
     shares(recipe, num_processes, sharded=shard)
 
 
@@ -155,11 +155,11 @@ def _check_request(recipe: Recipe) -> None:
         raise UserError("FSDP with parameters in the CPU's memory is not supported; leave out --fsdp_offload_params")
     if launched() and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise UserError("every process loads the teacher itself; add --fsdp_cpu_ram_efficient_loading false")
-    _check_divided(recipe)
+    check_divided(recipe)
 
 
-def _check_divided(recipe: Recipe) -> None:
-    """What a recipe may ask for and divided networks cannot do."""
+def check_divided(recipe: Recipe) -> None:
+    """Raises UserError for what a recipe may ask for and divided networks cannot do."""
     if recipe.precision == "fp16":
         raise UserError(f"{recipe.where('precision')}: fp16 scales its losses, which divided networks do not support; "
                         "use bf16 or fp32")  # fmt: skip

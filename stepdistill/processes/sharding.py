@@ -37,12 +37,29 @@ class Sharding:
         Parameters are let go again after the forward pass as well, so that whatever is written to a role between two
         passes is what the next one computes with.
         """
-        for child in network.children():
-            for block in child if isinstance(child, nn.ModuleList) else ():
-                if any(True for _ in block.parameters()):
-                    fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+        for block in blocks_of(network):
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
         fully_shard(network, mesh=self.mesh, reshard_after_forward=True)
         return ShardedWeights(network)
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The parts of a network that are gathered by themselves."""
+    lists = [child for child in network.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks if any(True for _ in block.parameters())]
+
+
+def gathered_bytes(network: nn.Module) -> int:
+    """What a process holds for a while of the others' parts of a network that is at work, at the most.
+
+    Whatever is in no block; the block at work, with its gradients; and the next block, which is gathered meanwhile.
+    """
+    blocks = [_bytes(block) for block in blocks_of(network)]
+    return _bytes(network) - sum(blocks) + 3 * max(blocks, default=0)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 class ShardedWeights:

@@ -36,6 +36,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
 
     def start_anew(self) -> None:
         """Forgets the peak so far."""
@@ -44,6 +45,15 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def hold(self, module: nn.Module) -> None:
         """Counts a module that was built outside."""
         self._note([*module.parameters(), *module.buffers()])
+
+    def divide(self, tensors: Iterable[Tensor], parts: int) -> None:
+        """Counts of these tensors one of so many equal parts only, from now on: the others live in other processes."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            part = _in_blocks(-(-storage.nbytes() // parts))
+            if storage._cdata in self._sizes:
+                self.now += part - self._sizes[storage._cdata]
+                self._sizes[storage._cdata] = part
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -58,18 +68,22 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             key = storage._cdata
             if key in self._alive:
                 continue
-            size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+            self._sizes[key] = _in_blocks(storage.nbytes())
             # The object that stands for a storage in Python lives exactly as long as the storage does.
-            self._alive[key] = weakref.ref(storage, self._forgetting(key, size))
-            self.now += size
+            self._alive[key] = weakref.ref(storage, self._forgetting(key))
+            self.now += self._sizes[key]
         self.peak = max(self.peak, self.now)
 
-    def _forgetting(self, key: int, size: int) -> Callable[[Any], None]:
+    def _forgetting(self, key: int) -> Callable[[Any], None]:
         def forget(_: Any) -> None:
             if self._alive.pop(key, None) is not None:
-                self.now -= size
+                self.now -= self._sizes.pop(key)
 
         return forget
+
+
+def _in_blocks(size: int) -> int:
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _value(tensor: Tensor) -> bool | int | float:

@@ -9,17 +9,20 @@ backward passes and optimiser steps, and the storages that live at the same time
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill.cast import Cast
-from stepdistill.objectives.base import Batch, Objective, Phase, Visited
+from stepdistill.objectives.base import Objective, Phase
+from stepdistill.processes.sharding import gathered_bytes
+from stepdistill.processes.share import Share
 from stepdistill.resources.meter import MemoryMeter, fake_mode, shaped, without_values
 from stepdistill.resources.skeleton import family_without_weights
+from stepdistill.resources.stand_ins import ShapedBatches, ShapedPrecision
 from stepdistill.trainer import Trainer, TrainerSettings
 
 
@@ -80,6 +83,8 @@ class StagePlan:
 
     Attributes:
         activations: what the fullest phase holds beyond the four kinds of bytes named here.
+
+    Of several processes it is what one of them holds and calls; parameters are counted whole.
     """
 
     objective: str
@@ -110,11 +115,15 @@ class MemoryPlan:
         stages: in order.
         device: what it was planned for, in words.
         capacity_bytes: what that device has; None: unknown.
+        num_processes: each with such a device of its own.
+        sharded: whether they divide networks with full weights.
     """
 
     stages: tuple[StagePlan, ...]
     device: str
     capacity_bytes: int | None = None
+    num_processes: int = 1
+    sharded: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -131,27 +140,70 @@ class MemoryPlan:
         stages = [{**asdict(s), "peak_bytes": s.peak_bytes, "activation_bytes": s.activation_bytes}
                   for s in self.stages]  # fmt: skip
         return {"stages": stages, "device": self.device, "capacity_bytes": self.capacity_bytes,
-                "peak_bytes": self.peak_bytes, "fits": self.fits}  # fmt: skip
+                "peak_bytes": self.peak_bytes, "fits": self.fits, "num_processes": self.num_processes,
+                "sharded": self.sharded}  # fmt: skip
 
 
-def plan(recipe: Recipe, *, device: str = "unknown", capacity_bytes: int | None = None) -> MemoryPlan:
+def plan(
+    recipe: Recipe,
+    *,
+    device: str = "unknown",
+    capacity_bytes: int | None = None,
+    num_processes: int = 1,
+    shard: bool = False,
+) -> MemoryPlan:
     """Plays one iteration of every stage without values.
 
     Args:
         recipe: what is to be trained; its teacher's configuration files are read, and no weights.
         device: the name of what it is planned for.
         capacity_bytes: of that device.
+        num_processes: how many share every batch; the plan is one process's.
+        shard: they divide networks with full weights.
 
     Raises:
-        UserError: the recipe is wrong, or there are no configurations of its teacher.
+        UserError: the recipe is wrong, or there are no configurations of its teacher, or the processes cannot share
+            its batches or divide its networks.
     """
+    from stepdistill.processes.launch import check_divided, shares
+
     recipe = recipe.resolved()
-    stages = tuple(plan_stage(recipe, index) for index in range(len(recipe.stages)))
-    return MemoryPlan(stages, device, capacity_bytes)
+    if shard:
+        check_divided(recipe)
+    parts = num_processes if shard else 1
+    stages = tuple(
+        plan_stage(recipe, index, crew=Crew(share, num_processes, parts))
+        for index, share in enumerate(shares(recipe, num_processes, sharded=shard))
+    )
+    return MemoryPlan(stages, device, capacity_bytes, num_processes, shard)
 
 
-def plan_stage(recipe: Recipe, index: int, family: ModelFamily | None = None) -> StagePlan:
-    """Plays one iteration of one stage without values; `family` is a teacher without weights, None builds it."""
+@dataclass(frozen=True)
+class Crew:
+    """The processes that play a stage, of which one is planned.
+
+    Attributes:
+        share: what it plays of every batch.
+        count: how many there are.
+        parts: among how many of them networks with full weights are divided; 1: each has all of them.
+    """
+
+    share: Share
+    count: int = 1
+    parts: int = 1
+
+
+def plan_stage(
+    recipe: Recipe, index: int, family: ModelFamily | None = None, *, crew: Crew | None = None
+) -> StagePlan:
+    """Plays one iteration of one stage without values.
+
+    Args:
+        recipe: resolved.
+        index: of the stage.
+        family: a teacher without weights; None builds it.
+        crew: the processes; None: there is one.
+    """
     from stepdistill.recipe import build_objective
     from stepdistill.run import trained_roles
 
@@ -167,8 +219,9 @@ def plan_stage(recipe: Recipe, index: int, family: ModelFamily | None = None) ->
         saved = _saved_by_quantising(base, recipe)
     for module in (base, *_companions(family, recipe)):
         meter.hold(module)
+    crew = crew or Crew(Share(stage.batch_size, stage.accumulate))
     with without_values(fake, meter):
-        played = _Played(recipe, stage, objective, family, meter)
+        played = _Played(recipe, stage, objective, family, meter, crew)
         return played.plan(saved)
 
 
@@ -176,29 +229,59 @@ class _Played:
     """One stage in the middle of being played; lives inside the modes."""
 
     def __init__(
-        self, recipe: Recipe, stage: StageConfig, objective: Objective, family: ModelFamily, meter: MemoryMeter
-    ) -> None:
+        self, recipe: Recipe, stage: StageConfig, objective: Objective, family: ModelFamily, meter: MemoryMeter,
+        crew: Crew,
+    ) -> None:  # fmt: skip
         from stepdistill.run import build_player, lora_settings
         from stepdistill.small_students import shaped_roles
 
-        self.recipe, self.stage, self.objective, self.meter = recipe, stage, objective, meter
+        self.recipe, self.stage, self.objective, self.meter, self.crew = recipe, stage, objective, meter, crew
         shape = recipe.student.shape
         self.cast = Cast(
             family, shaped_roles(objective, shape), lora=lora_settings(stage, objective, family),
             checkpointing=stage.checkpointing, size=recipe.data.size,
         )  # fmt: skip
-        precision: Any = _Precision(recipe.precision)
+        self.divided = self._divide() if crew.parts > 1 else {}
+        whole: Any = ShapedPrecision(recipe.precision, crew.count)
+        part: Any = ShapedPrecision(recipe.precision)  # whose gradients have been averaged block by block
         before = meter.now
-        self.players = {name: build_player(name, self.cast, stage, objective, precision) for name in self.cast.trained}
+        self.players = {
+            name: build_player(name, self.cast, stage, objective, part if name in self.divided else whole)
+            for name in self.cast.trained
+        }
+        for name in self.players.keys() & self.divided.keys():
+            meter.divide(self.players[name].averages, crew.parts)
         self.average_bytes = meter.now - before
         self.weights_bytes = before
         batches: Any = ShapedBatches(family, recipe.data.size)
-        self.micro = min(stage.accumulate, 2)  # a second micro-batch meets the gradients of the first
-        settings = TrainerSettings(steps=stage.steps, batch_size=stage.batch_size, accumulate=self.micro)
-        self.trainer = Trainer(self.cast, objective, self.players, batches, precision, settings)
+        share = crew.share
+        self.micro = min(share.accumulate, 2)  # a second micro-batch meets the gradients of the first
+        settings = TrainerSettings(steps=stage.steps, batch_size=share.batch_size, accumulate=self.micro,
+                                   groups=share.groups)  # fmt: skip
+        self.trainer = Trainer(self.cast, objective, self.players, batches, whole, settings)
+
+    def _divide(self) -> dict[str, nn.Module]:
+        """Counts a part of every network of a role's own, and of its gradients as they come => these networks."""
+        meter, parts = self.meter, self.crew.parts
+        own = {name: network for name, network in self.cast.networks().items() if name != "teacher"}
+
+        def divide(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                meter.divide([parameter.grad], parts)
+
+        for network in own.values():
+            meter.divide(network.parameters(), parts)
+            for parameter in network.parameters():
+                parameter.requires_grad_(True).register_post_accumulate_grad_hook(divide)
+                parameter.requires_grad_(False)
+        return own
 
     def plan(self, saved: int) -> StagePlan:
-        optimizer = {name: states_of(player, self.meter) for name, player in self.players.items()}
+        parts = self.crew.parts
+        optimizer = {
+            name: states_of(player, self.meter, parts if name in self.divided else 1)
+            for name, player in self.players.items()
+        }
         offload = self.recipe.memory.offload_optimizer
         if offload:
             for player in self.players.values():
@@ -206,8 +289,9 @@ class _Played:
         phases = tuple(self._phase(step, phase, saved) for step, phase in distinct_phases(self.stage, self.objective))
         fullest = max(phases, key=lambda phase: phase.peak_bytes)
         gradients = sum(
-            p.numel() * p.element_size() for r in fullest.updates for p in self.players[r].parameters.values()
-        )
+            p.numel() * p.element_size() // (parts if r in self.divided else 1)
+            for r in fullest.updates for p in self.players[r].parameters.values()
+        )  # fmt: skip
         notes = ("optimiser states of the role that steps are counted with the activations",) if offload else ()
         return StagePlan(
             self.stage.objective.name, tuple(RolePlan(*row) for row in self.cast.summary()),
@@ -223,61 +307,15 @@ class _Played:
         if self.recipe.memory.offload_optimizer:
             for role in phase.updates:
                 self.players[role].optimizer.state.clear()
-        times = phase.repeats * self.stage.accumulate // self.micro
+        times = phase.repeats * self.crew.share.accumulate // self.micro
+        gathered = max((gathered_bytes(network) for network in self.divided.values()), default=0)
         found = tuple(PassPlan(role, graph, len(rows) * times, sum(rows) * times)
                       for (role, graph), rows in sorted(passes.items()))  # fmt: skip
-        return PhasePlan(phase.name, phase.updates, phase.repeats, self.meter.peak - saved, found)
+        return PhasePlan(phase.name, phase.updates, phase.repeats, self.meter.peak + gathered - saved, found)
 
 
-@dataclass
-class ShapedBatches:
-    """Micro-batches of the right shapes for every stream."""
-
-    family: ModelFamily
-    size: int | None
-    drawn: dict[str, int] = field(default_factory=dict)
-
-    def next(self, stream: str, count: int, groups: int = 1) -> Batch:
-        """As `Batches.next`."""
-        rows = torch.zeros(count, dtype=torch.long)
-        shape = self.family.latent_shape(self.size)
-        # "0" is a prompt like another, and a class of class-conditional teachers.
-        condition = self.family.encode_prompts(["0"])[rows]
-        null = self.family.null_condition(1)[rows]
-        stored = stream in ("images", "pairs")
-        visited = None
-        if stream == "states":
-            x, times = torch.randn(count, *shape), torch.rand(count, dtype=torch.float64)
-            visited = Visited(x, times, torch.ones(count, dtype=torch.float64), x.clone())
-        latents = torch.randn(count, *shape) if stored else None
-        noise = torch.randn(count, *shape) if stream == "pairs" else None
-        device, prompts = torch.device("cpu"), ("0",) * count
-        return Batch(condition, null, shape, device, latents, prompts, noise, visited=visited)
-
-
-class _Precision:
-    """What a trainer and its players ask an accelerator for, on one process."""
-
-    scaler = None
-    num_processes, process_index, is_main_process = 1, 0, True
-    device = torch.device("cpu")
-
-    def __init__(self, precision: str) -> None:
-        self._half = precision != "fp32"
-
-    def autocast(self, handler: Any = None) -> AbstractContextManager[Any]:
-        # Both half types are of the same size, and the CPU's autocast knows bf16 best.
-        return torch.autocast("cpu", torch.bfloat16, enabled=self._half, cache_enabled=False)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def reduce(self, tensor: Tensor, reduction: str = "mean") -> Tensor:
-        return tensor
-
-
-def states_of(player: Player, meter: MemoryMeter) -> int:
-    """Has an optimiser make its states => their bytes, as its first step would."""
+def states_of(player: Player, meter: MemoryMeter, parts: int = 1) -> int:
+    """Has an optimiser make its states => their bytes, as its first step would; of divided ones, a part."""
     before, optimizer = meter.now, player.optimizer
     if not type(optimizer).__module__.startswith("torch."):
         return 0  # not made of torch's operations, and known only where it runs
@@ -288,6 +326,9 @@ def states_of(player: Player, meter: MemoryMeter) -> int:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+    if parts > 1:
+        states = [state for states in optimizer.state.values() for state in states.values()]
+        meter.divide([state for state in states if isinstance(state, Tensor) and state.ndim], parts)
     return meter.now - before
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from stepdistill.data.latents import LatentCache
 from stepdistill.families.sd import StableDiffusion
 from stepdistill.recipe import Recipe
 from stepdistill.recipe_text import dump_yaml
 from stepdistill.run import train
+from stepdistill.run_folder import RunFolder
 from tests.cli.test_cli import call
 from tests.tiny import tiny_recipe
 
@@ -58,6 +62,41 @@ def test_a_run_trains_from_a_prepared_cache_and_encodes_no_prompt_of_its_own(
     assert "size: 16 there, 32 here" in capsys.readouterr().err
 
 
+def by_letter(prompt: str) -> int:
+    """Students 0 and 1 in turns: of the pictures a to d, each has two."""
+    return ord(prompt[0]) % 2
+
+
+@pytest.mark.slow
+def test_each_of_several_students_plays_its_share_of_a_cache_that_was_prepared_for_all(
+    sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file(tmp_path, sd_folder, buckets=["16x16", "24x12", "12x24"])
+    rule = "multi_student={students: 2, by: 'tests.cli.test_datasets_cli:by_letter', part: 1}"
+    folder = tmp_path / "cached"
+    assert call(monkeypatch, "data", "cache", file, "--output", folder, "--quiet") == 0
+    captions: list[str] = []
+    batch = LatentCache.batch
+
+    def noting(self: LatentCache, *args: Any, **options: Any) -> Any:
+        found = batch(self, *args, **options)
+        captions.extend(found.captions)
+        return found
+
+    monkeypatch.setattr(LatentCache, "batch", noting)
+    weights, played = [], []
+    for name, options in (("own", []), ("shared", [f"data.cache_folder={folder}"])):
+        run = tmp_path / name
+        train(Recipe.load(file, [rule, f"output={run}", *options]))
+        weights.append(RunFolder(run).load_roles(1)["student"].tensors)
+        played.append(list(captions))
+        captions.clear()
+    assert set(played[1]) == {"a", "c"}
+    assert played[0] == played[1]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=0, atol=1e-6)
+
+
 def test_where_a_cache_lies_and_how_many_threads_read_are_not_part_of_what_is_computed(tmp_path: Path) -> None:
     file = recipe_file(tmp_path, "some/teacher")
     plain, moved, other = (
@@ -79,6 +118,18 @@ def test_a_check_of_a_recipe_counts_what_is_left_out_and_says_how_buckets_are_fi
     assert "16x16: 2" in out
     assert "24x12: 1" in out
     assert "1 smaller than their bucket, first" in out
+
+
+def test_a_check_reads_the_teachers_configuration_and_no_weights(
+    sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(sd_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = recipe_file(tmp_path, str(bare), size=None)
+    assert call(monkeypatch, "data", "check", file) == 0
+    assert "1 smaller than 16 pixels" in capsys.readouterr().out, "the teacher's own size"
+    assert call(monkeypatch, "data", "check", file, "data.buckets=[16x15]") == 2
+    assert "both sides have to be multiples of 2 pixels" in capsys.readouterr().err
 
 
 def test_a_check_of_a_source_exits_with_one_where_a_training_would_stop(

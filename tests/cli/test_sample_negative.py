@@ -1,4 +1,4 @@
-"""Negative prompts on the command line: what the options mean, and which of them contradict each other."""
+"""`stepdistill sample`: what its options mean, negative prompts above all, and which contradict each other."""
 
 from __future__ import annotations
 
@@ -56,3 +56,13 @@ def test_every_way_of_a_negative_prompt_changes_the_image(
         images[name] = Image.open(capsys.readouterr().out.strip()).tobytes()
     assert images["nothing"] == images["plain"]
     assert len({images[name] for name in ways if name != "nothing"}) == 5
+
+
+def test_pictures_have_the_size_that_is_asked_for(
+    sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (sd_folder, "a", "--steps", 1, "--output", tmp_path / "out", "--height", 24, "--width")
+    assert sample(monkeypatch, *words, 40) == 0
+    assert Image.open(capsys.readouterr().out.strip()).size == (40, 24)
+    assert sample(monkeypatch, *words, 41) == 2
+    assert "width is 41" in capsys.readouterr().err

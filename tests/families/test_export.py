@@ -30,6 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from stepdistill import finish
+from stepdistill.cast import RoleState
+from stepdistill.console import Display
 from stepdistill.errors import UserError
 from stepdistill.export import verify
 from stepdistill.export.card import markdown_table, write_card
@@ -39,7 +42,11 @@ from stepdistill.export.schedulers import student_scheduler
 from stepdistill.export.verify import ExportMismatchError, ImageRequest, verify_export
 from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
+from stepdistill.finish import export_student
 from stepdistill.objectives.base import InferenceSpec
+from stepdistill.recipe import Recipe
+from stepdistill.run_folder import RunFolder
+from tests.tiny import tiny_recipe
 
 
 FACTS = {"method": "vsd", "recipe_sha256": "abc"}
@@ -463,6 +470,32 @@ def test_a_fully_trained_student_is_exact_as_a_lora_of_full_rank(exports, tmp_pa
     loaded = loaded_with_lora(exports.sd, folder).state_dict()
     assert loaded.keys() == student.state_dict().keys()
     assert all(torch.allclose(loaded[key], value, atol=1e-5) for key, value in student.state_dict().items())
+
+
+def test_what_a_lora_keeps_of_a_full_student_is_compared_with_a_fresh_process(exports, tmp_path, monkeypatch):
+    student = exports.students["sd"]
+    content = tiny_recipe(exports.sd.path, tmp_path / "run", export={"pipeline": False, "lora": True, "lora_rank": 2})
+    compared: list[tuple[Any, ...]] = []
+
+    def noting(folder: Path, expected: Tensor, request: ImageRequest, *, lora: Path) -> float:
+        compared.append((folder, lora))
+        return verify_export(folder, expected, request, lora=lora)  # raises where the images differ
+
+    monkeypatch.setattr(finish, "verify_export", noting)
+    state = RoleState(None, dict(student.named_parameters()))
+    _, folder = export_student(Recipe.from_mapping(content), exports.sd, state, ONE, RunFolder(tmp_path / "run"),
+                               Display(None))  # fmt: skip
+    assert compared == [(Path(exports.sd.path), folder)]
+    kept = copy.deepcopy(exports.sd.network())
+    with torch.no_grad():
+        for ours, theirs in zip(kept.modules(), student.modules(), strict=True):
+            if isinstance(ours, nn.Linear | nn.Conv2d):
+                u, s, v = torch.linalg.svd((theirs.weight - ours.weight).flatten(1), full_matrices=False)
+                ours.weight += ((u[:, :2] * s[:2]) @ v[:2]).reshape(ours.weight.shape)
+    loaded = loaded_with_lora(exports.sd, folder).state_dict()
+    assert all(torch.allclose(loaded[key], value, atol=1e-5) for key, value in kept.state_dict().items())
+    images = [sample_by_hand(exports.sd, network, ONE.timesteps, 3, LATENTS) for network in (kept, student)]
+    assert (images[0] - images[1]).abs().max() > 1e-2, "the student's own images are others, and would not do"
 
 
 def test_a_truncated_lora_loses_exactly_the_small_singular_values():

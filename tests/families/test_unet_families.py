@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.adapters import LoraSettings
 from stepdistill.cast import Cast
@@ -155,11 +155,59 @@ def test_kohyas_names_are_flat_and_every_alpha_is_the_rank(tmp_path: Path) -> No
     assert not (place / LORA_FILE).exists()
     saved = load_file(place / KOHYA_FILE)
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    flat = f"lora_unet_{layer.replace('.', '_')}"
+    flat = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     assert torch.equal(saved[f"{flat}.lora_down.weight"], state[f"{layer}.lora_A.weight"])
     assert torch.equal(saved[f"{flat}.lora_up.weight"], 2 * state[f"{layer}.lora_B.weight"]), "alpha / rank is folded"
     assert {float(tensor) for key, tensor in saved.items() if key.endswith(".alpha")} == {2.0}
     assert len(saved) == 3 * len(state) / 2
+
+
+# as kohya's programs write them for SDXL, whose UNet has this many blocks with this many layers each
+SGM_LAYERS = {
+    "conv_in": "input_blocks_0_0",
+    "time_embedding.linear_2": "time_embed_2",
+    "add_embedding.linear_1": "label_emb_0_0",
+    "down_blocks.0.resnets.1.conv1": "input_blocks_2_0_in_layers_2",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks_3_0_op",
+    "down_blocks.2.resnets.0.conv_shortcut": "input_blocks_7_0_skip_connection",
+    "down_blocks.2.attentions.1.transformer_blocks.1.ff.net.0.proj":
+        "input_blocks_8_1_transformer_blocks_1_ff_net_0_proj",
+    "mid_block.resnets.0.conv2": "middle_block_0_out_layers_3",
+    "mid_block.attentions.0.proj_in": "middle_block_1_proj_in",
+    "mid_block.resnets.1.time_emb_proj": "middle_block_2_emb_layers_1",
+    "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_out.0":
+        "output_blocks_2_1_transformer_blocks_0_attn2_to_out_0",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks_2_2_conv",
+    "up_blocks.1.resnets.2.conv1": "output_blocks_5_0_in_layers_2",
+    "up_blocks.2.resnets.2.conv_shortcut": "output_blocks_8_0_skip_connection",
+    "conv_out": "out_2",
+}  # fmt: skip
+
+
+def test_every_layer_of_sdxl_goes_to_kohyas_name_and_diffusers_reads_it_back(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    family = load_family("tiny:sdxl")
+    every = [name for name, module in family.network().named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    cast = Cast(family, {"teacher": Frozen(), "student": Trained()},
+                lora={"student": LoraSettings(2, 2.0, tuple(every))})  # fmt: skip
+    scramble(cast.parameters("student"))
+    state = cast.state("student").tensors
+    cast.release()
+    assert {key.partition(".lora_")[0] for key in state} == set(every) > SGM_LAYERS.keys()
+    place = export_lora(family, state, rank=2, alpha=2.0, folder=tmp_path / "lora", naming="both")
+    with safe_open(place / KOHYA_FILE, framework="pt") as file:
+        layers = {key.partition(".")[0].removeprefix("lora_unet_") for key in file.keys()}  # noqa: SIM118
+        for layer, flat in SGM_LAYERS.items():
+            assert torch.equal(file.get_tensor(f"lora_unet_{flat}.lora_down.weight"), state[f"{layer}.lora_A.weight"])
+    assert len(layers) == len(every)
+    loaded = []
+    for name in (KOHYA_FILE, LORA_FILE):
+        stock: Any = tiny_pipeline("sdxl")
+        stock.load_lora_weights(place / name, adapter_name="one")
+        loaded.append({key: value for key, value in stock.unet.state_dict().items() if ".lora_" in key})
+    assert len(loaded[0]) == len(state)
+    assert all(torch.equal(loaded[0][key], value) for key, value in loaded[1].items())
 
 
 def test_a_naming_that_nothing_converts_to_is_refused(tmp_path: Path) -> None:

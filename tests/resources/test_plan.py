@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from stepdistill.cli import app
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
+from stepdistill.processes.sharding import gathered_bytes
 from stepdistill.recipe import Recipe
 from stepdistill.resources.meter import BLOCK_BYTES, MemoryMeter, ShapesOnly, fake_mode, without_values
 from stepdistill.resources.plan import StagePlan, plan
@@ -75,6 +76,15 @@ class TestMeter:
             x = torch.zeros(1)
         assert meter.now == BLOCK_BYTES
         del x
+
+    def test_what_other_processes_keep_is_not_counted_and_is_forgotten_only_once(self) -> None:
+        with MemoryMeter() as meter:
+            x, y = torch.zeros(4096), torch.zeros(4096)
+            meter.divide([x], 4)
+            assert meter.now == 4 * 4096 // 4 + 4 * 4096
+            del x
+            assert meter.now == 4 * 4096
+        del y
 
     def test_what_backward_saves_is_counted_until_it_is_freed(self) -> None:
         layer = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Sigmoid(), nn.Linear(64, 64, bias=False))
@@ -197,6 +207,47 @@ class TestPlan:
         twice = planned(sd_folder, tmp_path, {"name": "vsd"}, stage={"batch_size": 16, "accumulate": 3})
         assert twice.peak_bytes > once.peak_bytes
 
+    def test_one_of_several_processes_plays_its_share_and_averages_its_gradients(
+        self, sd_folder: str, tmp_path: Path
+    ) -> None:
+        objective = {"name": "dmd2", "guidance": 2.0, "critic_updates": 1}
+        recipe = recipe_of(sd_folder, tmp_path, objective, stage={"batch_size": 4})
+        one = recipe_of(sd_folder, tmp_path, objective, stage={"batch_size": 2})
+        (shared,), (alone,) = plan(recipe, num_processes=2).stages, plan(one).stages
+        assert [phase.passes for phase in shared.phases] == [phase.passes for phase in alone.phases]
+        assert shared.weights_bytes == alone.weights_bytes
+        assert shared.optimizer_bytes == alone.optimizer_bytes
+        assert alone.peak_bytes <= shared.peak_bytes <= alone.peak_bytes + 2.1 * alone.gradient_bytes
+
+    @pytest.mark.slow
+    def test_divided_networks_count_a_part_and_what_is_gathered_of_the_others(
+        self, sd_folder: str, tmp_path: Path
+    ) -> None:
+        players = {"default": {"optimizer": {"lr": 1e-3}, "ema": 0.9}}
+        recipe = recipe_of(sd_folder, tmp_path, {"name": "vsd"}, players=players, stage={"batch_size": 4})
+        (whole,), (part,) = (plan(recipe, num_processes=4, shard=shard).stages for shard in (False, True))
+        own = {role.role: 4 * role.trained for role in whole.roles}
+        assert own["student"] == own["critic"] > own["teacher"] == 0
+        both = own["student"] + own["critic"]
+        # Requests are rounded up to whole blocks, of which tiny networks have many.
+        assert whole.weights_bytes - part.weights_bytes == pytest.approx(0.75 * both, rel=0.1)
+        assert whole.average_bytes / part.average_bytes == pytest.approx(4, rel=0.1)
+        assert whole.optimizer_bytes / part.optimizer_bytes == pytest.approx(4, rel=0.1)
+        assert whole.gradient_bytes / part.gradient_bytes == pytest.approx(4, rel=0.01)
+        gathered = gathered_bytes(load_family(sd_folder).network())
+        assert 0 < gathered < own["student"]
+        kept = part.weights_bytes + part.average_bytes + part.optimizer_bytes
+        assert kept + gathered < part.peak_bytes
+        assert part.peak_bytes < whole.peak_bytes - 0.7 * (3 * both + own["student"]) + gathered
+
+    def test_processes_that_cannot_share_a_batch_are_refused(self, sd_folder: str, tmp_path: Path) -> None:
+        recipe = recipe_of(sd_folder, tmp_path, {"name": "vsd"})
+        with pytest.raises(UserError, match="cannot be divided among 3 processes"):
+            plan(recipe, num_processes=3)
+        half = recipe_of(sd_folder, tmp_path, {"name": "vsd"}, precision="fp16")
+        with pytest.raises(UserError, match="fp16 scales its losses, which divided networks do not support"):
+            plan(half, num_processes=2, shard=True)
+
     def test_a_single_file_is_refused_with_what_to_do(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"single file.*teacher_config=owner/name"):
             plan(recipe_of("model.safetensors", tmp_path, {"name": "vsd"}))
@@ -220,6 +271,8 @@ class TestCommand:
         found = json.loads(output.read_text())
         assert found["fits"] is True
         assert found["peak_bytes"] == max(stage["peak_bytes"] for stage in found["stages"])
+        result = CliRunner().invoke(app, ["plan", file, "--memory", "4", "--num-processes", "2"])
+        assert "in each of 2 processes; fits into" in result.output
         result = CliRunner().invoke(app, ["plan", file, "--memory", "0.3"])
         assert result.exit_code == 3
         assert "does not fit" in result.output

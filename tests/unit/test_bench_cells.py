@@ -19,13 +19,17 @@ from torch import Tensor
 from stepdistill.bench import benchmark, protocols, report
 from stepdistill.bench.benchmark import Options, Progress, run_benchmark
 from stepdistill.bench.cells import Cell, Share
-from stepdistill.bench.generate import Cost, ModelUnderTest, Painter, load_pipeline
+from stepdistill.bench.generate import Cost, ModelUnderTest, Painter, image_seed, load_pipeline
+from stepdistill.bench.intervals import Resamples
 from stepdistill.bench.metrics import shapes_judge
+from stepdistill.bench.metrics.base import Seen
+from stepdistill.bench.metrics.figures import ImageDistances
 from stepdistill.bench.metrics.networks import as_bytes
 from stepdistill.bench.metrics.weights import Weights
-from stepdistill.bench.models import at_nfe
+from stepdistill.bench.models import at_nfe, identity
 from stepdistill.bench.prompts import ShapesProtocol, render_scenes
 from stepdistill.bench.protocols import PromptProtocol, Standard, prepare
+from stepdistill.bench.rows import own_noise
 from stepdistill.bench.scorer import Scorer, decoded, read
 from stepdistill.cli_models import parse_model, parse_models
 from stepdistill.errors import UserError
@@ -329,6 +333,60 @@ def test_words_of_a_model_name_it_and_stand_for_several_cells(tmp_path: Path, mo
         parse_models("some/teacher,nfe=[1]")
     with pytest.raises(UserError, match="nfe is a list"):
         parse_models("some/teacher,nfe=[many]")
+
+
+def test_a_size_reaches_the_stock_call_with_its_noise_and_makes_a_cell_of_its_own(
+    teacher: Path, protocol: ShapesProtocol, tmp_path: Path
+) -> None:
+    plain, wide = under_test(teacher), under_test(teacher, height=48, width=96)
+    pipeline = load_pipeline(wide)
+    made = Painter(pipeline, wide, PROMPTS)([(0, 0), (1, 0)])
+    generators = [torch.Generator().manual_seed(image_seed(0, prompt, 0)) for prompt in (0, 1)]
+    with own_noise(pipeline.scheduler, generators):
+        expected = pipeline(PROMPTS[:2], generator=generators, num_inference_steps=2, guidance_scale=3.0, height=48,
+                            width=96, output_type="pt").images  # fmt: skip
+    assert made.shape == (2, 3, 48, 96)
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    found = [identity(model) for model in (plain, wide, replace(plain, height=48))]
+    assert found[0].keys().isdisjoint({"height", "width"}), "cells from before there were sizes stay good"
+    assert [{key: facts[key] for key in facts if facts[key] != found[0].get(key)} for facts in found] == [
+        {}, {"height": 48, "width": 96}, {"height": 48}
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"judge of shapes reads images .*measure by another protocol"):
+        run_benchmark([wide], protocol=protocol, output=tmp_path)
+
+
+def test_models_of_two_sizes_are_measured_side_by_side(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    protocol = PromptProtocol.of_file(str(tmp_path / "p.txt"), count=None, images_per_prompt=1)
+    models = parse_models(f"one={teacher},steps=1", common={"height": 32, "width": 32})
+    models += parse_models(f"two={teacher},steps=1,height=48", common={"height": 32, "width": 32})
+    assert [(model.height, model.width) for model in models] == [(32, 32), (48, 32)]
+    options = Options((f"{__name__}:height_of",), Weights(offline=True))
+    found = run_benchmark(models, protocol=protocol, output=tmp_path / "report", options=options)
+    assert [row.others[f"{__name__}:height_of"] for row in found.rows] == [32, 48]
+
+
+def height_of(images: Tensor, prompts: object) -> Tensor:
+    return torch.full((len(images),), float(images.shape[2]))
+
+
+def test_distances_between_images_of_two_sizes_are_left_out() -> None:
+    metric = ImageDistances(lambda a, b: (a - b).abs().mean((1, 2, 3)), ("lpips", "lpips_diversity"))
+    small, large = (Seen(PROMPTS, 2, {}, torch.zeros(6, 3, side, side, dtype=torch.uint8)) for side in (8, 16))
+    draws = Resamples(3)
+    found = metric.figures(replace(large, baseline=small), draws)
+    assert found["lpips"].value is None
+    assert found["lpips_diversity"].value == 0
+    assert metric.figures(replace(large, baseline=large), draws)["lpips"].value == 0
+
+
+@pytest.mark.parametrize(("side", "pixels"), [("height", 44), ("width", 0)])
+def test_a_size_that_the_pipeline_cannot_make_is_refused_before_an_image_is(
+    teacher: Path, side: str, pixels: int
+) -> None:
+    with pytest.raises(UserError, match=f"teacher: {side} is {pixels}; .*multiples of 8 pixels"):
+        load_pipeline(under_test(teacher, **{side: pixels}))
 
 
 def test_one_file_of_weights_must_be_safetensors(tmp_path: Path) -> None:

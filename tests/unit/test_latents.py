@@ -11,6 +11,7 @@ from stepdistill.data.batches import Batches
 from stepdistill.data.cache import EncodedOnTheFly
 from stepdistill.data.images import load_images
 from stepdistill.data.latents import LatentCache, LatentsOnTheFly
+from stepdistill.data.parts import PartOfImages
 from stepdistill.data.prompts import load_prompts
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
@@ -64,6 +65,22 @@ def test_another_count_or_another_autoencoder_gets_a_cache_of_its_own(tmp_path: 
             assert built(tmp_path, family).folder != one.folder
         finally:
             weight.sub_(1)
+
+
+def test_a_share_of_a_cache_plays_what_a_cache_of_the_share_would(tmp_path: Path, family) -> None:
+    images = load_images("shapes", size=family.image_size)
+    share = PartOfImages(images, (5, 1, 2), images.size)
+    own, whole = LatentCache(tmp_path / "own", family, share, 3, shard_size=2), built(tmp_path, family)
+    own.build()
+    whole.keep(share.numbers)
+    for start in (0, 2):
+        played = []
+        for cache in (own, whole):
+            torch.manual_seed(0)
+            played.append(cache.batch(7, start, 3))
+        assert played[0].captions == played[1].captions
+        torch.testing.assert_close(played[0].latents, played[1].latents, rtol=0, atol=1e-5)
+    assert set(whole.captions) == set(share.texts(range(3)))
 
 
 def batches(family, latents=None, **changes) -> Batches:

@@ -178,7 +178,8 @@ class ImageDistances:
     def figures(self, seen: Seen, resamples: Resamples) -> Mapping[str, Estimate]:
         count, found = seen.images_per_prompt, dict.fromkeys(self.columns, Estimate(None))
         draws = Resamples(len(seen.images) // count, resamples.count, resamples.seed)
-        if "lpips" in found and seen.baseline is not None:
+        # Images of different sizes have no distance.
+        if "lpips" in found and seen.baseline is not None and seen.images.shape == seen.baseline.images.shape:
             apart = self._distances(seen.images, seen.baseline.images)
             found["lpips"] = draws.mean(apart)
         if "lpips_diversity" in found and count > 1:

@@ -20,6 +20,7 @@ import numpy as np
 from scipy import ndimage
 
 from stepdistill.data import shapes
+from stepdistill.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -148,11 +149,12 @@ def read_images(images: torch.Tensor) -> list[Reading]:
         images: (B, 3, 64, 64) in [0, 1], any floating type and device.
 
     Raises:
-        ValueError: if the images have another shape.
+        UserError: the images have another size.
     """
     size = shapes.IMAGE_SIZE
     if images.ndim != 4 or images.shape[1:] != (3, size, size):
-        raise ValueError(f"the judge reads images (B, 3, {size}, {size}), got {tuple(images.shape)}")
+        raise UserError(f"the judge of shapes reads images (B, 3, {size}, {size}), got {tuple(images.shape)}; ask for "
+                        "this height and width, or measure by another protocol")  # fmt: skip
     pixels = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
     # A diverged model's NaN must read as a bad picture, not stop the benchmark.
     pixels = np.nan_to_num(pixels, nan=0.5).clip(0, 1)
