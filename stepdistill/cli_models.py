@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import typer
-
 from stepdistill.errors import UserError
 from stepdistill.guidance import ADAPTER_FILE, HEADER
 

@@ -137,8 +137,7 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu", bare: bool = Fa
         raise UserError(f"{model.name}: {path} cannot be loaded as a Diffusers pipeline ({reason})") from error
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"{model.name}: {type(pipeline).__name__} takes no prompt; the benchmark needs text-to-image")
-    if model.size_options:
-        check_size(pipeline, model.size_options, model.name)
+    check_size(pipeline, model.size_options, model.name)
     if model.lora is not None:
         _load_lora(pipeline, model)
     if model.adapter is not None:

@@ -94,12 +94,14 @@ def check_size(pipeline: Any, sides: Mapping[str, int], name: str) -> None:
 
     Args:
         pipeline: as loaded.
-        sides: arguments of its call, in pixels.
+        sides: arguments of its call, in pixels; none where it decides itself.
         name: of the model.
 
     Raises:
         UserError: its size is fixed, or a side is no whole number of tokens.
     """
+    if not sides:
+        return
     stock = pipeline.stock if isinstance(pipeline, RoutedPipeline) else pipeline
     accepted = inspect.signature(stock.__call__).parameters
     parts = stock.components
