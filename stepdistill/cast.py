@@ -123,9 +123,9 @@ class Cast:
         if sharding is not None:  # last: what is divided is no longer written to by its plain names
             self._weights.update({name: sharding.shard(network) for name, network in copies.items()})
 
-    def denoiser(self, role: str) -> Denoiser:
-        """The view of one role."""
-        weights, family = self._weights[self._name(role)], self.family
+    def denoiser(self, role: str, *, renamed: bool = True) -> Denoiser:
+        """The view of one role; if not `renamed`, of the role itself, whoever plays it in this view of the cast."""
+        weights, family = self._weights[self._name(role) if renamed else role], self.family
         if isinstance(weights, BesideWeights):
             return Denoiser(weights.told(family.forward), weights, family.schedule, family.kind)
         return family.denoiser(weights)

@@ -19,6 +19,8 @@ from stepdistill.prediction import Levels, Prediction, beside, native_target
 SidWeighting = Literal[
     "distance", "constant", "alpha", "alpha_squared", "sqrt_snr", "snr", "inverse_sigma", "inverse_variance"
 ]
+VsdWeighting = Literal["sigma_squared", "alpha_sigma_squared"]
+DmdWeighting = Literal["distance", "sigma_over_alpha", "sigma_cubed_over_alpha"]
 Distance = Literal["mse", "l2", "huber", "sample_huber"]
 ProgressiveWeighting = Literal["truncated_snr", "snr_plus_one", "native"]
 AddWeighting = Literal["exponential", "sds", "constant"]
@@ -60,9 +62,28 @@ def dmd_direction(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
     return torch.nan_to_num((fake_x0 - real_x0) / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def vsd_direction(real_eps: Tensor, fake_eps: Tensor, levels: Levels) -> Tensor:
-    """sigma^2 (eps_real - eps_fake): ProlificDreamer (arXiv 2305.16213) eq. 9 with w(t) = sigma^2, as SwiftBrush."""
-    return torch.nan_to_num((levels.sigma**2).to(real_eps.dtype) * (real_eps - fake_eps))
+def matching_direction(x: Tensor, real: Prediction, fake: Prediction, weighting: DmdWeighting) -> Tensor:
+    """w alpha (s_fake - s_real) of x, with one of the three weights w that DMD compares (arXiv 2311.18828, section 4).
+
+    "distance" is DMD's own, `dmd_direction`. sigma / alpha makes it eps_real - eps_fake, and sigma^3 / alpha makes it
+    sigma^2 times that, `vsd_direction`.
+    """
+    if weighting == "distance":
+        return dmd_direction(x, real.x0, fake.x0)
+    if weighting == "sigma_cubed_over_alpha":
+        return vsd_direction(real.eps, fake.eps, real.levels)
+    return torch.nan_to_num(real.eps - fake.eps)
+
+
+def vsd_direction(
+    real_eps: Tensor, fake_eps: Tensor, levels: Levels, weighting: VsdWeighting = "sigma_squared"
+) -> Tensor:
+    """sigma^2 (eps_real - eps_fake): ProlificDreamer (arXiv 2305.16213) eq. 9 with w(t) = sigma^2, as SwiftBrush.
+
+    "alpha_sigma_squared" is the other weight of ProlificDreamer's code, which it does not use.
+    """
+    weight = levels.sigma**2 if weighting == "sigma_squared" else levels.alpha * levels.sigma**2
+    return torch.nan_to_num(weight.to(real_eps.dtype) * (real_eps - fake_eps))
 
 
 def sid_loss(

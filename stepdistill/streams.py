@@ -56,7 +56,7 @@ def open_batches(
 
     data = recipe.data
     needs = streams_of(recipe, objectives)
-    pairs = open_pairs(recipe, family, folder, display) if needs & {"pairs", "states"} else None
+    pairs = open_pairs(recipe, family, folder, display, part) if needs & {"pairs", "states"} else None
     if pairs is not None and "states" in needs:
         _ = pairs.pairs.num_states  # refuses pairs without them now, and not after prompts have been encoded
     prompts = load_prompts(data.prompts, count=data.count)
@@ -173,21 +173,26 @@ def prepare(
         prepare_conditions(folder, family, texts, count)
 
 
-def open_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairStream:
-    """The pairs that the recipe names or has made, with their prompts encoded.
+def open_pairs(
+    recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display, part: Part | None = None
+) -> PairStream:
+    """The pairs that the recipe names or has made, a student's own if there are several, with their prompts encoded.
 
     Raises:
-        UserError: it does neither, or they are not of its teacher.
+        UserError: it does neither, they are not of its teacher, or none is for this student.
     """
     from stepdistill.data.pairs import PairStream
 
-    pairs = find_pairs(recipe, family, folder, display)
+    pairs = find_pairs(recipe, family, folder, display, part)
+    pairs = pairs if part is None else part.pairs(pairs)
     display.say(pairs.summary())
     return PairStream(pairs, encodings(recipe, family, pairs.prompts, folder, display, "the prompts of the pairs"))
 
 
-def find_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display) -> PairSet:
-    """The stored pairs; where there are none of this teacher, and the recipe says how, the run makes them."""
+def find_pairs(
+    recipe: Recipe, family: ModelFamily, folder: RunFolder, display: Display, part: Part | None = None
+) -> PairSet:
+    """The stored pairs; where there are none of this teacher, and the recipe says how, the run makes its own."""
     from stepdistill.data.pair_maker import PairSettings, make_pairs
     from stepdistill.data.pairs import REMEDY, load_pairs
     from stepdistill.data.prompts import load_prompts
@@ -206,5 +211,6 @@ def find_pairs(recipe: Recipe, family: ModelFamily, folder: RunFolder, display: 
             display.say(f"{error}: this run makes its own")
     settings: PairSettings = build_dataclass(PairSettings, recipe.pair_options(), recipe.where("data.make_pairs"))
     prompts, place = load_prompts(data.prompts, count=data.count), folder.cache / "pairs"
+    prompts = prompts if part is None else part.prompts(prompts)  # others would be made to be left out
     with display.counting("making pairs") as count:
         return make_pairs(family, prompts, place, settings, progress=count)

@@ -11,6 +11,9 @@ from stepdistill.errors import UserError
 from stepdistill.schedule import NoiseSchedule, VPSchedule
 
 
+LogNoise = tuple[float, float]  # mean and deviation of a normal density of log(sigma / alpha)
+
+
 def uniform_times(schedule: NoiseSchedule, count: int, *, low: float, high: float, device: torch.device) -> Tensor:
     """Uniform times between the fractions `low` and `high` of the schedule, (count,), float64.
 
@@ -42,6 +45,16 @@ def log_noise_times(schedule: NoiseSchedule, count: int, *, mean: float, std: fl
     if isinstance(schedule, VPSchedule):
         return schedule.t_from_model_time(schedule.model_time(t).round())
     return t
+
+
+def drawn_times(
+    schedule: NoiseSchedule, count: int, *, low: float, high: float, log_noise: LogNoise | None, device: torch.device
+) -> Tensor:
+    """Times of a loss, (count,), float64: uniform between two fractions, or of a normal density in their place."""
+    if log_noise is None:
+        return uniform_times(schedule, count, low=low, high=high, device=device)
+    mean, std = log_noise
+    return log_noise_times(schedule, count, mean=mean, std=std, device=device)
 
 
 def trailing(schedule: NoiseSchedule, steps: int) -> tuple[int, ...]:

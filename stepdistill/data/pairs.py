@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -83,6 +84,7 @@ class PairSet:
         texts: the prompt of every pair.
 
     Attributes:
+        texts: the prompt of every pair.
         prompts: the distinct prompts.
         facts: what determines the pairs, by name.
     """
@@ -91,15 +93,19 @@ class PairSet:
         self.folder = folder
         self.facts: dict[str, Any] = index["facts"]
         self.fingerprint: str = index["fingerprint"]
-        self.prompts = PromptSet(tuple(dict.fromkeys(texts)), str(folder))
         self._shard_size: int = index["shard_size"]
-        self._texts = tuple(texts)
-        self._numbers = {text: number for number, text in enumerate(self.prompts.prompts)}
+        self._hold(range(len(texts)), texts)
         self._shards: dict[int, dict[str, Tensor]] = {}
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self.texts)
+
+    def only(self, numbers: Sequence[int]) -> PairSet:
+        """The pairs with these numbers as a set of their own, counted from 0; the files are the same."""
+        part = copy(self)
+        part._hold([self._places[number] for number in numbers], [self.texts[number] for number in numbers])
+        return part
 
     @property
     def state_timesteps(self) -> tuple[float, ...]:
@@ -131,14 +137,15 @@ class PairSet:
         for index in indices:
             if not 0 <= index < total:
                 raise IndexError(f"state {index} of {total}")
-            pair, place = divmod(index, per_pair)
-            file, row = self._opened(pair // self._shard_size), pair % self._shard_size
+            number, place = divmod(index, per_pair)
+            shard, row = divmod(self._places[number], self._shard_size)
+            file = self._opened(shard)
             for name, rows in found.items():
                 rows.append(file.get_slice(name)[row : row + 1, place][0].float())
             given = self.facts["guidance"]
             scales.append(float(file.get_slice("guidance")[row : row + 1]) if isinstance(given, list) else given)
         timesteps = torch.tensor([self.state_timesteps[index % per_pair] for index in indices], dtype=torch.float64)
-        texts = tuple(self._texts[index // per_pair] for index in indices)
+        texts = tuple(self.texts[index // per_pair] for index in indices)
         states, predictions = (torch.stack(rows) for rows in found.values())
         return StateBatch(states, predictions, timesteps, torch.tensor(scales, dtype=torch.float64), texts)
 
@@ -153,12 +160,13 @@ class PairSet:
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"pair {index} of {len(self)}")
-            places.append((self._shard(index // self._shard_size), index % self._shard_size))
+            shard, row = divmod(self._places[index], self._shard_size)
+            places.append((self._shard(shard), row))
 
         def rows(name: str) -> Tensor:
             return torch.stack([shard[name][row] for shard, row in places])
 
-        texts = tuple(self._texts[index] for index in indices)
+        texts = tuple(self.texts[index] for index in indices)
         return PairBatch(rows("noise"), rows("sample"), texts, rows("states") if self.state_timesteps else None)
 
     def prompt_numbers(self, texts: Sequence[str]) -> list[int]:
@@ -171,6 +179,12 @@ class PairSet:
         guidance = f"{scale[0]:g} to {scale[1]:g}" if isinstance(scale, list) else f"{scale:g}"
         return (f"{len(self)} pairs from {self.folder}: {facts['sampler.class']}, {facts['steps']} steps, guidance "
                 f"{guidance}, seed {facts['seed']}")  # fmt: skip
+
+    def _hold(self, places: Sequence[int], texts: Sequence[str]) -> None:
+        """Takes the pairs at these places of the files, with these prompts, for all that there are."""
+        self._places, self.texts = places, tuple(texts)
+        self.prompts = PromptSet(tuple(dict.fromkeys(texts)), str(self.folder))
+        self._numbers = {text: number for number, text in enumerate(self.prompts.prompts)}
 
     def _opened(self, number: int) -> Any:
         """A shard's file, open for reading slices."""

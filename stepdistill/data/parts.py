@@ -1,4 +1,4 @@
-"""The prompts and images that belong to one of several students."""
+"""The prompts, images and stored pairs that belong to one of several students."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from stepdistill.data.images import ImageBatch, ImageSet
+from stepdistill.data.pairs import PairSet
 from stepdistill.data.prompts import PromptSet, epoch_indices
 from stepdistill.errors import UserError
 from stepdistill.framing import Framing, Size
@@ -63,6 +64,20 @@ class Part:
             raise UserError(f"images: none of {len(numbers)} captions belongs to {self.name}; give more images or "
                             "fewer students")  # fmt: skip
         return PartOfImages(images, tuple(kept), images.size)
+
+    def pairs(self, pairs: PairSet) -> PairSet:
+        """Those whose prompts are of the student.
+
+        Raises:
+            UserError: there are none.
+        """
+        texts = pairs.prompts.prompts
+        own = {text for text, number in zip(texts, self.route(texts), strict=True) if number == self.number}
+        kept = [number for number, text in enumerate(pairs.texts) if text in own]
+        if not kept:
+            raise UserError(f"{pairs.folder}: none of the {len(pairs)} pairs belongs to {self.name}; make pairs of "
+                            "more prompts (stepdistill data pairs), or have fewer students")  # fmt: skip
+        return pairs.only(kept)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stepdistill.discriminator import Game, discriminator_loss, generator_loss
 from stepdistill.losses import taken_early
 from stepdistill.objectives.base import Batch
 from stepdistill.prediction import add_noise
-from stepdistill.times import log_noise_times, uniform_times
+from stepdistill.times import LogNoise, drawn_times
 
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Adversary:
         shared_noise: whether real and generated samples are seen at the same times and through the same noise.
         log_noise: mean and deviation of a normal density of log(sigma / alpha) at which they are seen; for a flow that
             is the logit-normal density of its noise level. None: uniform times.
+        t_min: the lowest of the uniform times, as a fraction.
+        t_max: the highest of them.
         misaligned_weight: of a second game, real samples against the same ones with each other's prompts, which
             teaches the discriminator what a prompt asks for; the code of SANA-Sprint (arXiv 2503.09641) has it as an
             option. 0 for none.
@@ -45,13 +47,19 @@ class Adversary:
     r1_weight: float = 0.0
     r1_std: float = 0.1
     shared_noise: bool = False
-    log_noise: tuple[float, float] | None = None
+    log_noise: LogNoise | None = None
+    t_min: float = 0.0
+    t_max: float = 1.0
     misaligned_weight: float = 0.0
 
     @property
     def student_needs_images(self) -> bool:
         """Whether the student's own turn compares with real samples."""
         return self.game == "relativistic"
+
+    def encoder(self, cast: Cast) -> Denoiser:
+        """Whose features the head sees: the role's own, also where another one stands in for it as a target."""
+        return cast.denoiser(self.features, renamed=False)
 
     def discriminator_terms(self, cast: Cast, x0: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Loss terms of the discriminator's turn, unweighted.
@@ -62,7 +70,7 @@ class Adversary:
             batch: of the images stream.
         """
         assert batch.latents is not None, "the images stream carries latents"
-        denoiser = cast.denoiser(self.features)
+        denoiser = self.encoder(cast)
         real, fake = batch.latents, x0.detach()
         # DMD2's code draws time and noise for real and generated samples on their own, SiD's shares them.
         real_logits, at = self._logits(cast, denoiser, real, batch)
@@ -87,7 +95,7 @@ class Adversary:
         The gradient with respect to the samples is taken at once, so that the features' graph is freed before the
         student's backward pass.
         """
-        denoiser = cast.denoiser(self.features)
+        denoiser = self.encoder(cast)
 
         def loss_of(sample: Tensor) -> Tensor:
             fake, at = self._logits(cast, denoiser, sample, batch)
@@ -113,7 +121,5 @@ class Adversary:
 
     def _times(self, denoiser: Denoiser, x0: Tensor) -> Tensor:
         """Where the samples are seen, (B,)."""
-        if self.log_noise is None:
-            return uniform_times(denoiser.schedule, len(x0), low=0.0, high=1.0, device=x0.device)
-        mean, std = self.log_noise
-        return log_noise_times(denoiser.schedule, len(x0), mean=mean, std=std, device=x0.device)
+        return drawn_times(denoiser.schedule, len(x0), low=self.t_min, high=self.t_max, log_noise=self.log_noise,
+                           device=x0.device)  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +109,8 @@ class Batch:
             teacher's finished samples, where it asked for the pairs stream.
         prompts: the B prompts as text, for losses that look at the image.
         pair_noise: the noise that the teacher's sampler made `latents` from, (B, C, H, W), in the pairs stream.
-        samples: what the student made of this batch and of which condition, where several losses look at the same
-            sample; None: each loss makes its own.
+        samples: what the student made of this batch and of which condition, and how it was steered, where several
+            losses look at the same sample; None: each loss makes its own.
         visited: B places on the teacher's paths, in the states stream.
     """
 
@@ -121,7 +121,7 @@ class Batch:
     latents: Tensor | None = None
     prompts: tuple[str, ...] = ()
     pair_noise: Tensor | None = None
-    samples: dict[Hashable, tuple[Condition, Tensor]] | None = None
+    samples: dict[Hashable, Any] | None = None
     visited: Visited | None = None
 
     def __len__(self) -> int:

@@ -15,7 +15,8 @@ from stepdistill.clip_model import image_text_model
 from stepdistill.errors import UserError
 from stepdistill.losses import clamped_similarity_loss, value_with_gradient
 from stepdistill.objectives.base import Batch, InferenceSpec, Loss, Phase, Role, Step, Trained
-from stepdistill.objectives.matching import rollout
+from stepdistill.objectives.matching import Guidance, rollout
+from stepdistill.objectives.negatives import Pool, steered_student
 from stepdistill.sampling import Sampler
 
 
@@ -38,6 +39,9 @@ class Clip:
         normalize: give CLIP pixels as it was trained with; false: in [0, 1], as that re-implementation.
         timesteps: where the student is called, the same as in the other parts.
         sampler: how it is sampled between them.
+        negatives: negative prompts that the student is steered away from while it is judged, the same as in the other
+            parts; with the same, all of them look at one sample. Empty: none.
+        nasa: strength of the negatives in the student, or a range to draw it from, the same as in the other parts.
     """
 
     model: str = "assets/shapes/clip"
@@ -48,6 +52,8 @@ class Clip:
     normalize: bool = True
     timesteps: tuple[int, ...] = (999,)
     sampler: Sampler = "stochastic"
+    negatives: Pool = ()
+    nasa: Guidance = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.weight_steps is not None and self.weight_steps < 2:
@@ -73,7 +79,8 @@ class Clip:
 
     def student_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """max(0, tau - cos(image, prompt)), section 4; the graph through decoder and CLIP is freed at once."""
-        x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step, self.sampler)
+        student, _ = steered_student(cast, batch, step, self.negatives, self.nasa)
+        x0 = rollout(student, batch, self.timesteps, step, self.sampler)
         clip = image_text_model(self.model, x0.device)
         # In float32: in half precision decoders overflow, and this gradient would vanish for want of a loss scale.
         with torch.enable_grad(), torch.autocast(x0.device.type, enabled=False):

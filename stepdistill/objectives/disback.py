@@ -124,7 +124,11 @@ class DisBack:
     def _loss(
         self, loss: Callable[[Cast, Batch, Step], Loss], node: int, cast: Cast, batch: Batch, step: Step
     ) -> Loss:
-        """The wrapped game's loss with a node as its teacher, at its own count of steps."""
+        """The wrapped game's loss with a node as its teacher, at its own count of steps.
+
+        A discriminator on the teacher's features keeps them: they would change under it at every node (ours; the
+        code's discriminator has the critic's).
+        """
         view = cast.renamed({"teacher": TARGET}) if node else cast
         told = loss(view, batch, replace(step, index=step.index - self.recording))
         return Loss(told.terms, {**told.logged, "node": torch.tensor(float(node))})

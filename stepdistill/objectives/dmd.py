@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from stepdistill.condition import Condition
-from stepdistill.losses import pseudo_loss
+from stepdistill.losses import DmdWeighting, pseudo_loss
 from stepdistill.objectives.base import Batch, InferenceSpec, Loss, Phase, Role, Step
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.objectives.matching import Guidance, rollout
 from stepdistill.objectives.regression import Regression, pairs_of
+from stepdistill.times import LogNoise
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class DMD:
         critic_lead: iterations at the start without the student, for a stage whose student has learnt already.
         t_min: lowest time of the matching loss, as a fraction (published: 0.02).
         t_max: highest time of the matching loss (published: 0.98; the longest run ended with 0.5).
+        log_noise: mean and deviation of a normal density of log(sigma / alpha) in place of these times; None: uniform.
+        weighting: of the matching direction, see `matching_direction`; the paper compares all three.
         regression_weight: of the regression loss (published: 0.25); 0 needs no pairs.
         match_pairs: whether the samples from stored noises are matched too, beside as many from fresh noise (LAION),
             or the fresh ones alone (CIFAR-10, ImageNet).
@@ -49,6 +52,8 @@ class DMD:
     critic_lead: int = 0
     t_min: float = 0.02
     t_max: float = 0.98
+    log_noise: LogNoise | None = None
+    weighting: DmdWeighting = "distance"
     regression_weight: float = 0.25
     match_pairs: bool = True
     distance: Literal["l2", "huber", "lpips"] = "l2"
@@ -62,7 +67,8 @@ class DMD:
     def matching(self) -> DMD2:
         """The game without the pairs: DMD2 without what it adds."""
         return DMD2(timesteps=(self.timestep,), guidance=self.guidance, critic_updates=self.critic_updates,
-                    critic_lead=self.critic_lead, t_min=self.t_min, t_max=self.t_max)  # fmt: skip
+                    critic_lead=self.critic_lead, t_min=self.t_min, t_max=self.t_max, log_noise=self.log_noise,
+                    weighting=self.weighting)  # fmt: skip
 
     @property
     def regression(self) -> Regression:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from stepdistill.discriminator import Discriminator, Game
 from stepdistill.errors import UserError
-from stepdistill.losses import dmd_direction, pseudo_loss
+from stepdistill.losses import DmdWeighting, matching_direction, pseudo_loss
 from stepdistill.objectives.adversarial import Adversary
 from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss, Phase, Role, Step, Trained
 from stepdistill.objectives.matching import Guidance, critic_denoising, draw_guidance, renoise, rollout
+from stepdistill.times import LogNoise
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class DMD2:
             not know a student that has learnt in an earlier stage, and would at first lead it astray; none published.
         t_min: lowest time of the matching loss, as a fraction (code: 0.02).
         t_max: highest time of the matching loss (code: 0.98).
+        log_noise: mean and deviation of a normal density of log(sigma / alpha) in place of these times; None: uniform.
+        weighting: of the matching direction, one of the three that DMD compares, see `matching_direction`.
         gan_weight: of the adversarial term in the student's loss (SD1.5: 1e-3, SDXL: 5e-3); 0 plays no GAN and needs
             no images.
         discriminator_weight: of the classification term in the critic's loss (code: 1e-2).
@@ -57,13 +60,15 @@ class DMD2:
     critic_lead: int = 0
     t_min: float = 0.02
     t_max: float = 0.98
+    log_noise: LogNoise | None = None
+    weighting: DmdWeighting = "distance"
     gan_weight: float = 0.0
     discriminator_weight: float = 1e-2
     gan_loss: Game = "non_saturating"
     features: Literal["critic", "teacher"] = "critic"
     layers: tuple[str, ...] = ()
     r1_weight: float = 0.0
-    gan_log_noise: tuple[float, float] | None = None
+    gan_log_noise: LogNoise | None = None
     misaligned_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -125,13 +130,14 @@ class DMD2:
 
     def direction(self, cast: Cast, x0: Tensor, batch: Batch, step: Step) -> Tensor:
         """Which way the samples x0, (B, C, H, W), are to move; teacher and critic see them at the same noise."""
-        return self.direction_at(cast, x0, renoise(cast.denoiser("teacher"), x0, self.t_min, self.t_max), batch, step)
+        at = renoise(cast.denoiser("teacher"), x0, self.t_min, self.t_max, self.log_noise)
+        return self.direction_at(cast, x0, at, batch, step)
 
     def direction_at(self, cast: Cast, x0: Tensor, at: tuple[Tensor, Tensor], batch: Batch, step: Step) -> Tensor:
         """The same where x0 was noised to `at` = (x_t, t), of shapes (B, C, H, W) and (B,)."""
         x_t, t = at
         with torch.no_grad():
             guidance = draw_guidance(self.guidance, step)
-            real = cast.denoiser("teacher").guided(x_t, t, batch.condition, batch.null, guidance).x0
-            fake = cast.denoiser("critic")(x_t, t, batch.condition).x0
-        return dmd_direction(x0, real, fake)
+            real = cast.denoiser("teacher").guided(x_t, t, batch.condition, batch.null, guidance)
+            fake = cast.denoiser("critic")(x_t, t, batch.condition)
+        return matching_direction(x0, real, fake, self.weighting)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from stepdistill.errors import UserError
-from stepdistill.losses import pseudo_loss, vsd_direction
+from stepdistill.losses import VsdWeighting, pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
 from stepdistill.objectives.matching import Guidance, draw_guidance, renoise, rollout
 from stepdistill.objectives.vsd import VSD
+from stepdistill.times import LogNoise
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class ESD:
         condition_dropout: probability that a whole batch trains the critic's unconditional branch (not published).
         t_min: lowest time of the student's loss, as a fraction.
         t_max: highest time of the student's loss.
+        log_noise: mean and deviation of a normal density of log(sigma / alpha) in place of these times; None: uniform.
+        weighting: w(t) of the direction, see `vsd_direction`; published is sigma^2.
     """
 
     timesteps: tuple[int, ...] = (999,)
@@ -46,6 +49,8 @@ class ESD:
     condition_dropout: float = 0.2
     t_min: float = 0.02
     t_max: float = 0.98
+    log_noise: LogNoise | None = None
+    weighting: VsdWeighting = "sigma_squared"
 
     def __post_init__(self) -> None:
         if not 0 <= self.entropy <= 1:
@@ -77,9 +82,9 @@ class ESD:
         """The entropic gradient: guidance of scale 1 - lambda *on the critic* mixes its two scores as wanted."""
         x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step)
         teacher, critic = cast.denoiser("teacher"), cast.denoiser("critic")
-        x_t, t = renoise(teacher, x0, self.t_min, self.t_max)
+        x_t, t = renoise(teacher, x0, self.t_min, self.t_max, self.log_noise)
         with torch.no_grad():
             real = teacher.guided(x_t, t, batch.condition, batch.null, draw_guidance(self.guidance, step))
             fake = critic.guided(x_t, t, batch.condition, batch.null, 1 - self.entropy)
-        direction = vsd_direction(real.eps, fake.eps, real.levels)
+        direction = vsd_direction(real.eps, fake.eps, real.levels, self.weighting)
         return Loss({"matching": pseudo_loss(x0, direction)}, {"direction": direction.square().mean().sqrt()})

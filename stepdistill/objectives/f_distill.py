@@ -22,6 +22,7 @@ from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.objectives.matching import Guidance, renoise, rollout
 from stepdistill.prediction import beside
 from stepdistill.ratios import RatioDiscriminator, density_ratio, over_mean
+from stepdistill.times import LogNoise
 
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class FDistill:
         critic_updates: steps of critic and discriminator per student step (5, and 10 for SD1.5).
         t_min: lowest time of the matching loss, as a fraction.
         t_max: highest time of the matching loss.
+        log_noise: mean and deviation of a normal density of log(sigma / alpha) in place of these times; None: uniform.
         gan_weight: of the adversarial term in the student's loss (1e-3); with 0 the discriminator only gives ratios.
         discriminator_weight: of the classification term in the critic's loss.
         features: whose features the discriminator sees, the critic's or the frozen teacher's.
@@ -47,7 +49,7 @@ class FDistill:
         logit_limit: logits are clamped to plus and minus this before exp.
         ratio_range: then ratios are clipped to these.
         normalize_ratio: divide ratios by the mean ratio at their noise level.
-        bins: how many equal parts of t_min to t_max have a mean ratio each.
+        bins: how many equal parts of t_min to t_max have a mean ratio each; times beyond belong to the last of them.
         bin_decay: how much of its old mean a bin keeps at an update (0, and 0.5 for ImageNet-64).
         normalize_weight: divide weights by their mean.
     """
@@ -58,6 +60,7 @@ class FDistill:
     critic_updates: int = 5
     t_min: float = 0.02
     t_max: float = 0.98
+    log_noise: LogNoise | None = None
     gan_weight: float = 1e-3
     discriminator_weight: float = 1e-2
     features: Literal["critic", "teacher"] = "critic"
@@ -107,7 +110,7 @@ class FDistill:
     def student_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """Theorem 1 with DMD's normaliser, and the adversarial term, which has no weight h."""
         x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step)
-        at = renoise(cast.denoiser("teacher"), x0, self.t_min, self.t_max)
+        at = renoise(cast.denoiser("teacher"), x0, self.t_min, self.t_max, self.log_noise)
         ratio = self.ratio(cast, at, batch)
         weight = self.weight(cast, ratio, at[1])
         direction = self.dmd2.direction_at(cast, x0.detach(), at, batch, step)
@@ -120,7 +123,7 @@ class FDistill:
     @torch.no_grad()
     def ratio(self, cast: Cast, at: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """Density ratios, (B,), of real to generated samples at `at` = (x_t, t), where the scores are compared too."""
-        logits = cast.head("discriminator")(cast.denoiser(self.features), *at, batch.condition)
+        logits = cast.head("discriminator")(self.dmd2.adversary.encoder(cast), *at, batch.condition)
         return density_ratio(logits, self.logit_limit, self.ratio_range)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from stepdistill.losses import weighted_mse
 from stepdistill.objectives.base import Batch, Step
 from stepdistill.prediction import Levels, add_noise, native_target
 from stepdistill.sampling import Sampler, approach
-from stepdistill.times import grid, uniform_times
+from stepdistill.times import LogNoise, drawn_times, grid, uniform_times
 
 
 Guidance = float | tuple[float, float]
@@ -46,7 +46,8 @@ def rollout(
     key = student.weights, timesteps, sampler, eta, torch.is_grad_enabled(), id(batch.condition)
     if key not in batch.samples:  # the condition is kept too, since its id tells it apart only for as long as it lives
         batch.samples[key] = batch.condition, _rollout(student, batch, timesteps, step, sampler, eta)
-    return batch.samples[key][1]
+    sample: Tensor = batch.samples[key][1]
+    return sample
 
 
 def _rollout(
@@ -59,9 +60,11 @@ def _rollout(
     return student(x, times[last].expand(len(x)), batch.condition).x0
 
 
-def renoise(denoiser: Denoiser, x0: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """x0 => (x_t, t) at fresh uniform times with fresh noise, outside of the graph."""
-    t = uniform_times(denoiser.schedule, len(x0), low=low, high=high, device=x0.device)
+def renoise(
+    denoiser: Denoiser, x0: Tensor, low: float, high: float, log_noise: LogNoise | None = None
+) -> tuple[Tensor, Tensor]:
+    """x0 => (x_t, t) at fresh times with fresh noise, outside of the graph; for the times see `drawn_times`."""
+    t = drawn_times(denoiser.schedule, len(x0), low=low, high=high, log_noise=log_noise, device=x0.device)
     x0 = x0.detach()
     return add_noise(denoiser.schedule, x0, t, torch.randn_like(x0)), t
 
@@ -76,7 +79,9 @@ def critic_denoising(
         x0: the student's samples, (B, C, H, W); detached here.
         batch: their conditions.
         drop: (B,) bool, which rows get the null condition; None: no row.
-        signal_weight: weight by alpha_t^2 as in SwiftBrush's code; False: the native error, as in DMD2's.
+        signal_weight: weight the native error by alpha_t^2, as SwiftBrush's code that of an epsilon network; of v and
+            flow networks alpha_t^2 times the native error is the plain error of the noise. False: the native error,
+            as in DMD2's code.
     """
     t = uniform_times(critic.schedule, len(x0), low=0.0, high=1.0, device=x0.device)
     x0, eps = x0.detach(), torch.randn_like(x0)

@@ -29,6 +29,8 @@ class Steered(NamedTuple):
 def steered_student(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Guidance) -> Steered:
     """A negative prompt for each row, and one strength for all of them; without a pool, everything as it is.
 
+    Losses that share the batch's samples get the same steered student, and hence one sample of it.
+
     Args:
         cast: with the role "student", and encoding texts.
         batch: as many negatives are drawn as it has rows.
@@ -38,6 +40,16 @@ def steered_student(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Gui
     """
     if not pool:
         return Steered(cast.denoiser("student"), batch.null)
+    if batch.samples is None:
+        return _steered(cast, batch, step, pool, alpha)
+    key = "steered", step, pool, alpha, len(batch)
+    if key not in batch.samples:
+        batch.samples[key] = _steered(cast, batch, step, pool, alpha)
+    shared: Steered = batch.samples[key]
+    return shared
+
+
+def _steered(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Guidance) -> Steered:
     drawn = step.shared("negatives")
     texts = read_pool(pool) if isinstance(pool, str) else pool
     negative = cast.encode([drawn.choice(texts) for _ in range(len(batch))])

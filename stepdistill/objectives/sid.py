@@ -22,7 +22,7 @@ from stepdistill.objectives.matching import Guidance, draw_guidance, rollout
 from stepdistill.prediction import add_noise
 from stepdistill.sampling import Sampler
 from stepdistill.schedule import NoiseSchedule
-from stepdistill.times import log_noise_times, uniform_times
+from stepdistill.times import LogNoise, drawn_times
 
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ class SiD:
             "stochastic": it begins with z and goes on with fresh noise, as in few-step SiD.
         alpha: SiD's alpha; SiD-LSG 1, SiD 1.2. Above 1, a student far wider than the teacher is pushed away.
         weighting: omega of the student's loss, see `sid_weight`.
-        guidance: of the teacher, kappa_4, or a range to draw it from.
+        guidance: of the teacher, kappa_4, or a range from which every iteration draws it.
         critic_guidance: of the critic: one number, or kappa_1 (while it is trained), kappa_2 (in the difference to the
-            teacher) and kappa_3 (to the sample); 0 shows it no prompts. None: the teacher's (LSG).
+            teacher) and kappa_3 (to the sample); 0 shows it no prompts. None: the teacher's (LSG); with a range, 1
+            while it is trained and the draw for both others (PG-SB, arXiv 2412.02687).
         critic_updates: critic steps per student step.
         critic_warmup: iterations in which only the critic learns.
         condition_dropout: share of prompts dropped while the critic is trained, where both of its branches are used.
-        t_min: lowest time of both losses, as a fraction (code: 0.02).
-        t_max: highest time of both losses (code: 0.979).
+        t_min: lowest time of both losses and of the GAN, as a fraction (code: 0.02).
+        t_max: highest time of them (code: 0.979).
         log_noise: mean and deviation of a normal density of log(sigma / alpha) in place of the uniform one; for flow
             teachers (log 2, 1.6).
         gan_weight: of the adversarial term (SiDa: 0.001); 0 plays no GAN and needs no images.
@@ -67,34 +68,35 @@ class SiD:
     condition_dropout: float = 0.1
     t_min: float = 0.02
     t_max: float = 0.979
-    log_noise: tuple[float, float] | None = None
+    log_noise: LogNoise | None = None
     gan_weight: float = 0.0
     discriminator_weight: float = 0.5
     gan_loss: Game = "non_saturating"
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.guidance, tuple) and self.critic_guidance is None:
-            raise UserError("guidance: a range says nothing about the critic, which is trained at one scale; "
-                            "give critic_guidance as well, for example 1")  # fmt: skip
         trained, *used = self.critic_scales
-        if trained == 0 and any(used):
+        away = [scale for scale in used if scale]
+        if trained == 0 and away:
             raise UserError("critic_guidance: a critic that is trained at 0 sees no prompts, so it can be used at 0 "
-                            f"only, not at {max(used, key=abs):g}")  # fmt: skip
+                            f"only, not at {max(away, key=abs):g}")  # fmt: skip
 
     @property
-    def critic_scales(self) -> tuple[float, float, float]:
-        """The critic's guidance kappa_1, kappa_2 and kappa_3."""
+    def critic_scales(self) -> tuple[float, float | None, float | None]:
+        """The critic's guidance kappa_1, kappa_2 and kappa_3; None: the teacher's of the iteration."""
         if isinstance(self.critic_guidance, tuple):
             return self.critic_guidance
         scale = self.guidance if self.critic_guidance is None else self.critic_guidance
-        assert not isinstance(scale, tuple), "refused when the objective was made"
-        return scale, scale, scale
+        return (1.0, None, None) if isinstance(scale, tuple) else (scale, scale, scale)
 
     @property
     def adversary(self) -> Adversary:
-        """The game between the student and the critic's features."""
-        return Adversary(game=self.gan_loss, shared_noise=True)
+        """The game between the student and the critic's features, at times of the density of the other losses.
+
+        In SiD's code for transformers one density serves all of them, and real and made samples share time and noise.
+        """
+        return Adversary(game=self.gan_loss, shared_noise=True, log_noise=self.log_noise, t_min=self.t_min,
+                         t_max=self.t_max)  # fmt: skip
 
     def roles(self) -> Mapping[str, Role]:
         roles: dict[str, Role] = {"teacher": Frozen(), "critic": Trained(), "student": Trained()}
@@ -156,7 +158,7 @@ class SiD:
         """
         teacher, critic = cast.denoiser("teacher"), cast.denoiser("critic")
         guidance = draw_guidance(self.guidance, step)
-        _, outer, inner = self.critic_scales
+        outer, inner = (guidance if scale is None else scale for scale in self.critic_scales[1:])
         with torch.enable_grad():
             x = x0.detach().requires_grad_(True)
             t = self._times(teacher.schedule, x0)
@@ -177,7 +179,5 @@ class SiD:
         return replace(batch, condition=batch.condition.where(keep, batch.null))
 
     def _times(self, schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-        if self.log_noise is not None:
-            mean, std = self.log_noise
-            return log_noise_times(schedule, len(x0), mean=mean, std=std, device=x0.device)
-        return uniform_times(schedule, len(x0), low=self.t_min, high=self.t_max, device=x0.device)
+        return drawn_times(schedule, len(x0), low=self.t_min, high=self.t_max, log_noise=self.log_noise,
+                           device=x0.device)  # fmt: skip

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stepdistill.losses import pseudo_loss, vsd_direction
+from stepdistill.losses import VsdWeighting, pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
 from stepdistill.objectives.matching import Guidance, critic_denoising, draw_guidance, renoise, rollout
 from stepdistill.objectives.negatives import Pool, steered_student
+from stepdistill.times import LogNoise
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class VSD:
         condition_dropout: probability that a whole batch trains the critic's null branch (SwiftBrush's code: 0.1).
         t_min: lowest time of the student's loss, as a fraction (code: 0.02).
         t_max: highest time of the student's loss (code: 0.98).
+        log_noise: mean and deviation of a normal density of log(sigma / alpha) in place of these times; None: uniform.
+        weighting: w(t) of the direction, see `vsd_direction`; published is sigma^2.
         negatives: negative prompts that the student is trained to keep away from (NASA-T, arXiv 2412.02687), as a list
             or a file of prompts; the teacher's null prompt is replaced by them, the critic gets none. Empty: none.
         nasa: strength of the negatives in the student, or a range to draw it from (NASA-T: 0 to 1).
@@ -47,6 +50,8 @@ class VSD:
     condition_dropout: float = 0.1
     t_min: float = 0.02
     t_max: float = 0.98
+    log_noise: LogNoise | None = None
+    weighting: VsdWeighting = "sigma_squared"
     negatives: Pool = ()
     nasa: Guidance = (0.0, 1.0)
 
@@ -70,12 +75,12 @@ class VSD:
         student, null = steered_student(cast, batch, step, self.negatives, self.nasa)
         x0 = rollout(student, batch, self.timesteps, step)
         teacher, critic = cast.denoiser("teacher"), cast.denoiser("critic")
-        x_t, t = renoise(teacher, x0, self.t_min, self.t_max)
+        x_t, t = renoise(teacher, x0, self.t_min, self.t_max, self.log_noise)
         guidance = draw_guidance(self.guidance, step)
         with torch.no_grad():
             real = teacher.guided(x_t, t, batch.condition, null, guidance)
             fake = critic.guided(x_t, t, batch.condition, batch.null, guidance if self.guide_critic else 1.0)
-        direction = vsd_direction(real.eps, fake.eps, real.levels)
+        direction = vsd_direction(real.eps, fake.eps, real.levels, self.weighting)
         return Loss({"matching": pseudo_loss(x0, direction)}, {"direction": direction.square().mean().sqrt()})
 
     def critic_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:

@@ -100,6 +100,21 @@ def test_with_one_network_as_both_models_the_path_is_that_of_the_student_alone(p
     torch.testing.assert_close(both, alone, rtol=0, atol=SAME)
 
 
+@pytest.mark.parametrize("replaces", [1, 2])
+def test_in_double_precision_both_paths_are_one_to_a_millionth(sd_folder: str, replaces: int) -> None:
+    """What is left is the rounding of the schedulers' own float32 tables."""
+    student, same = (pipeline_of(sd_folder).to(torch.float64) for _ in range(2))
+    student.scheduler = DDIMScheduler.from_config(
+        student.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+    )  # fmt: skip
+    noise = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    call = {"num_inference_steps": 4, "latents": noise, "output_type": "latent", "guidance_scale": 1}
+    alone = student(PROMPTS["sd"], **call).images
+    both = HybridPipeline(same, student, replaces, base_guidance=1.0)(PROMPTS["sd"], **call).images
+    assert alone.dtype == both.dtype == torch.float64
+    assert (both - alone).abs().max() <= 1e-6 * alone.abs().max()
+
+
 def test_another_base_a_guided_one_and_finer_steps_give_other_images(pair: Pair) -> None:
     """Otherwise the comparison above would prove nothing."""
     prompts = PROMPTS[pair.name]

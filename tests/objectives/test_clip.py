@@ -18,6 +18,9 @@ from stepdistill.families.base import ModelFamily
 from stepdistill.losses import clamped_similarity_loss
 from stepdistill.objectives.base import Step
 from stepdistill.objectives.clip import Clip
+from stepdistill.objectives.negatives import steered_student
+from stepdistill.objectives.vsd import VSD
+from stepdistill.objectives.weighted_sum import Part, WeightedSum
 from stepdistill.recipe import Recipe
 from stepdistill.run import train
 from stepdistill.trainer import Trainer
@@ -195,6 +198,35 @@ def test_the_weight_at_the_step_is_in_the_loss(clip_folder: str, trainer: Traine
 
     assert value(4) == pytest.approx(0.6 * value(0), rel=1e-5)
     assert value(0) > 0
+
+
+def test_with_the_negatives_of_vsd_it_judges_the_steered_image_of_the_same_pass(
+    clip_folder: str, sd: ModelFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool: dict[str, Any] = {"negatives": ("x", "y", "z"), "nasa": (0.5, 1.0)}
+    vsd, clip = VSD(guidance=1.0, guide_critic=False, **pool), Clip(model=clip_folder, threshold=0.9, **pool)
+    trainer = trainer_of(sd, WeightedSum((Part(vsd), Part(clip))))
+    cast, batch, step = trainer.cast, trainer.batches.next("prompts", 2), Step(3)
+    calls, judged, decode = [], [], sd.decode_latents
+    cast.networks()["student"].register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(sd, "decode_latents", lambda x: judged.append(x.detach()) or decode(x))
+
+    def passes(objective: Any) -> int:
+        calls.clear()
+        torch.manual_seed(5)
+        with cast.trainable(("student",)):
+            objective.phases(0)[0].loss(cast, batch, step)
+        return len(calls)
+
+    assert passes(vsd) == 1
+    assert passes(WeightedSum((Part(vsd), Part(clip)))) == 1
+    assert passes(WeightedSum((Part(vsd), Part(Clip(model=clip_folder, threshold=0.9))))) == 2
+    torch.manual_seed(5)
+    noise, t = batch.noise(), torch.ones(2, dtype=torch.float64)
+    student, _ = steered_student(cast, batch, step, pool["negatives"], pool["nasa"])
+    steered, plain = (view(noise, t, batch.condition).x0.detach() for view in (student, cast.denoiser("student")))
+    torch.testing.assert_close(judged[0], steered)
+    assert (steered - plain).abs().max() > 1e-2
 
 
 def test_a_recipe_adds_it_to_vsd(sd_folder: str, clip_folder: str, tmp_path: Path) -> None:

@@ -28,8 +28,18 @@ from stepdistill.objectives.sid import SiD
 from stepdistill.recipe import Recipe, build_objective
 from stepdistill.run import train
 from tests.families.test_export import BETAS, LATENTS, PROMPTS, student_of
-from tests.oracles.oracle import SCHEDULE, GivenNoise, Linear, Roles, batch_of, gaussian, label, linear_student
-from tests.tiny import tiny_recipe
+from tests.oracles.oracle import (
+    AT_08,
+    SCHEDULE,
+    GivenNoise,
+    Linear,
+    Roles,
+    batch_of,
+    gaussian,
+    label,
+    linear_student,
+)
+from tests.tiny import LORA, tiny_recipe, trainer_of
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +82,45 @@ def test_the_game_sees_both_at_the_same_noise_and_is_weighed_by_the_number_of_el
         assert torch.equal(t, s)
         alpha = SCHEDULE.alpha(t).reshape(-1, 1, 1, 1)
         torch.testing.assert_close(real_t - alpha * real, made_t + alpha * 0.4, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"t_min": AT_08[0], "t_max": AT_08[1]}, {"log_noise": (math.log(0.75), 0.0)}], ids=["range", "density"]
+)
+def test_the_game_looks_where_the_other_losses_look(options: dict[str, Any]) -> None:
+    oracle = gaussian(label, 1.0)
+    roles = Critics({"student": linear_student(Linear(0.5, -0.4)), "teacher": oracle, "critic": oracle})
+    batch = batch_of(torch.randn(16, 3, 2, 2, dtype=torch.float64))
+    object.__setattr__(batch, "latents", torch.randn(16, 3, 2, 2, dtype=torch.float64))
+    objective = SiD(timesteps=(2,), guidance=1.0, gan_weight=0.01, **options)
+    objective.critic_loss(roles, batch, Step(0))
+    objective.student_loss(roles, batch, Step(0))
+    assert len(roles.shown) == 3
+    for _, t in roles.shown:
+        assert torch.equal(t, torch.full((16,), 2 / 3, dtype=torch.float64)), "where sigma / alpha is 0.75"
+
+
+def test_nothing_is_dropped_out_of_the_networks_while_they_are_trained(sd: ModelFamily) -> None:
+    """A dropout layer that worked would draw numbers and change the losses of both turns."""
+    objective = SiD(guidance=1.0)
+    trainer = trainer_of(sd, objective, lora={"student": LORA, "critic": LORA})
+    layers = [layer for layer in sd.network().modules() if isinstance(layer, torch.nn.Dropout)]
+    assert layers
+    batch = trainer.batches.next("prompts", 2)
+
+    def losses(share: float) -> list[float]:
+        for layer in layers:
+            layer.p = share
+        torch.manual_seed(0)
+        found = []
+        for phase in objective.phases(0):
+            with trainer.cast.trainable(phase.updates):
+                found.append(phase.loss(trainer.cast, batch, Step(0)).total.item())
+        return found
+
+    assert losses(0.9) == losses(0.0)
+    sd.network().train()
+    assert losses(0.9) != losses(0.0), "otherwise the comparison proves nothing"
 
 
 def test_the_logits_are_means_over_channels_within_ten() -> None:

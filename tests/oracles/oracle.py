@@ -79,7 +79,7 @@ class Roles:
     def __init__(self, denoisers: Mapping[str, Denoiser]) -> None:
         self._denoisers = denoisers
 
-    def denoiser(self, role: str) -> Denoiser:
+    def denoiser(self, role: str, *, renamed: bool = True) -> Denoiser:
         return self._denoisers[role]
 
 

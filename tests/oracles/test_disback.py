@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stepdistill.cast import Cast
+from stepdistill.cast import Cast, DenoiserHead
 from stepdistill.checkpoint import tensors_equal
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights
@@ -24,11 +25,13 @@ from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phas
 from stepdistill.objectives.denoising import Denoising
 from stepdistill.objectives.disback import DisBack
 from stepdistill.objectives.dmd2 import DMD2
+from stepdistill.objectives.f_distill import FDistill
+from stepdistill.objectives.sid import SiD
 from stepdistill.prediction import Levels, add_noise
 from stepdistill.recipe import Recipe
 from stepdistill.run import train
 from tests.oracles.oracle import SCHEDULE, Linear
-from tests.tiny import LORA, tiny_recipe, trainer_of, weights_of
+from tests.tiny import LORA, PaintedLatents, tiny_recipe, trainer_of, weights_of
 
 
 M, S, A0, B0 = 0.7, 0.5, 1.3, -0.4  # teacher N(M, S^2), initial student N(B0, A0^2)
@@ -202,6 +205,66 @@ def test_recording_trains_the_unconditional_branch_of_as_many_samples_as_asked()
     torch.manual_seed(0)
     objective.recording_loss(cast, batch, Step(0))
     assert nulls[0].mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_around_sid_the_target_is_a_teacher_whose_gradient_is_known() -> None:
+    """The wrapped loss with a node is SiD's own with this node as its teacher, through the node's input too."""
+    base = SiD(timesteps=(2,), sampler="stochastic", guidance=1.0, weighting="constant")
+    objective = DisBack(base, nodes=2, node_steps=30, interval=3)
+    cast = GaussianCast(objective.roles())
+    play(objective, cast, range(60), lr=0.009)
+    step = Step(60)
+    (student,) = (phase for phase in objective.phases(60) if phase.updates == ("student",))
+
+    def gradient(loss: Any, cast: Cast, step: Step) -> list[float]:
+        torch.manual_seed(3)
+        with cast.trainable(("student",)):
+            loss(cast, batch_of(64), step).total.backward()
+            return [float(p.grad) for p in cast.parameters("student").values()]
+
+    def without(roles: Cast) -> Cast:
+        for p in roles.parameters("student").values():
+            p.grad = None
+        return roles
+
+    found = gradient(student.loss, without(cast), step)
+    known = cast.renamed({"teacher": "target"})
+    assert found == gradient(base.student_loss, without(known), Step(0))
+    assert found != gradient(base.student_loss, without(cast), Step(0)), "the node is not the teacher"
+    assert all(p.grad is None for role in ("teacher", "critic", "target") for p in cast.parameters(role).values())
+
+
+@pytest.mark.parametrize(
+    "base",
+    [DMD2(gan_weight=0.1, features="teacher", critic_updates=1),
+     FDistill(features="teacher", critic_updates=1, bins=2)],
+    ids=["dmd2", "f_distill"],
+)  # fmt: skip
+def test_a_discriminator_keeps_the_teachers_features_whoever_is_the_target(
+    base: DMD2 | FDistill, sd_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = DisBack(base, nodes=3, node_steps=1, interval=1)
+    trainer = trainer_of(load_family(sd_folder), objective, steps=6)
+    trainer.batches.latents = PaintedLatents()
+    whose, targets, judge, guided = [], [], DenoiserHead.__call__, Denoiser.guided
+
+    def judging(self: DenoiserHead, denoiser: Denoiser, *given: Any) -> Tensor:
+        whose.append(denoiser.weights)
+        return judge(self, denoiser, *given)
+
+    def guiding(self: Denoiser, *given: Any) -> Any:
+        targets.append(self.weights)
+        return guided(self, *given)
+
+    monkeypatch.setattr(DenoiserHead, "__call__", judging)
+    monkeypatch.setattr(Denoiser, "guided", guiding)
+    ends: list[dict[str, Tensor]] = []
+    trainer.on_step = lambda progress: ends.append(weights_of(trainer))
+    trainer.run()
+    weights = trainer.cast._weights
+    assert len(whose) >= 3 * 3 and all(seen is weights["teacher"] for seen in whose)
+    assert [next(name for name, w in weights.items() if w is seen) for seen in targets] == ["target"] * 2 + ["teacher"]
+    assert not tensors_equal(ends[2], ends[3]) and not tensors_equal(ends[4], ends[5])
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,11 @@ P, NULL, BOTH = {1.0}, {-1.0}, {1.0, -1.0}
         # the usual guidance: of the teacher alone
         ({"guidance": 2.0, "critic_guidance": 1.0, "condition_dropout": 1.0},
          {"student": [P, P], "critic": [P, P], "teacher": [BOTH]}),
+        # PG-SB: what is drawn guides teacher and critic, which is trained without guidance and with dropped prompts
+        ({"guidance": (2.0, 2.0), "condition_dropout": 0.0},
+         {"student": [P, P], "critic": [P, BOTH], "teacher": [BOTH]}),
+        ({"guidance": (2.0, 2.0), "condition_dropout": 1.0},
+         {"student": [NULL, P], "critic": [NULL, BOTH], "teacher": [BOTH]}),
         # Zero-CFG: the critic never sees a prompt, the student always does
         ({"critic_guidance": 0.0, "condition_dropout": 1.0},
          {"student": [P, P], "critic": [NULL, NULL], "teacher": [P]}),
@@ -152,7 +157,7 @@ P, NULL, BOTH = {1.0}, {-1.0}, {1.0, -1.0}
         ({"guidance": 2.0, "critic_guidance": (1.0, 0.0, 1.0), "condition_dropout": 0.0},
          {"student": [P, P], "critic": [P, NULL, P], "teacher": [BOTH]}),
     ],
-    ids=["none", "lsg", "dropout", "teacher", "zero", "anti", "four"],
+    ids=["none", "lsg", "dropout", "teacher", "pg-sb", "pg-sb-dropout", "zero", "anti", "four"],
 )  # fmt: skip
 def test_guidance_decides_who_is_asked_with_and_without_prompts(options: dict[str, Any], expected: Any) -> None:
     assert asked_labels(sid(**options)) == expected
@@ -183,8 +188,8 @@ def test_the_critics_second_scale_is_for_the_teacher_and_its_third_for_the_sampl
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"guidance": (1.0, 4.0)}, "give critic_guidance as well"),
-     ({"critic_guidance": (0.0, 1.0, 0.0)}, "used at 0 only, not at 1")],
+    [({"critic_guidance": (0.0, 1.0, 0.0)}, "used at 0 only, not at 1"),
+     ({"critic_guidance": (0.0, 0.0, -2.0)}, "used at 0 only, not at -2")],
 )  # fmt: skip
 def test_scales_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -199,3 +204,32 @@ def test_a_range_of_guidance_is_drawn_once_an_iteration_for_the_teacher(exact_no
     ranged = gradient(sid(guidance=(1.0, 4.0), critic_guidance=1.0), network, roles, exact_noise, **labels)
     fixed = gradient(sid(guidance=drawn, critic_guidance=1.0), network, roles, exact_noise, **labels)
     assert ranged == pytest.approx(fixed, abs=1e-12)
+
+
+def test_a_range_alone_guides_teacher_and_critic_by_one_draw_of_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PG-SB (SNOOPI, arXiv 2412.02687, section 4.1) for SiD: kappa_1 is 1, the three others are the draw."""
+    network = Linear(A, B)
+    roles = Roles({"student": linear_student(network), "teacher": gaussian(label, S), "critic": gaussian(label, A)})
+    scales: dict[str, list[float]] = {"teacher": [], "critic": []}
+    guided = Denoiser.guided
+
+    def listened(self: Denoiser, *given: Any) -> Prediction:
+        scales[next(name for name in scales if roles.denoiser(name) is self)].append(given[-1])
+        return guided(self, *given)
+
+    monkeypatch.setattr(Denoiser, "guided", listened)
+    objective = sid(guidance=(0.5, 4.0))
+    for index in range(5):
+        objective.critic_loss(roles, plain_batch(), Step(index))
+        objective.student_loss(roles, plain_batch(), Step(index))
+    assert scales["critic"][::2] == [1.0] * 5
+    assert scales["critic"][1::2] == scales["teacher"]
+    assert len(set(scales["teacher"])) == 5 and all(0.5 <= scale <= 4.0 for scale in scales["teacher"])
+
+
+def test_with_one_draw_on_both_sides_the_unguided_teacher_is_a_fixed_point(exact_noise) -> None:
+    network = Linear(S, 1.0)
+    roles = Roles({"student": linear_student(network), "teacher": gaussian(label, S), "critic": gaussian(label, S)})
+    labels = {"label": 1.0, "null": -0.5}
+    assert gradient(sid(guidance=(2.0, 4.0)), network, roles, exact_noise, **labels) == (0.0, 0.0)
+    assert gradient(sid(guidance=(2.0, 4.0), critic_guidance=1.0), network, roles, exact_noise, **labels) != (0.0, 0.0)

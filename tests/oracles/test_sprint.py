@@ -57,7 +57,7 @@ class Cast:
         self.slope = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def denoiser(self, role: str) -> Denoiser:
+    def denoiser(self, role: str, *, renamed: bool = True) -> Denoiser:
         return self.views[role]
 
     def head(self, role: str) -> Any:

@@ -10,9 +10,10 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights
 from stepdistill.objectives.base import Batch, Step
 from stepdistill.objectives.matching import critic_denoising, rollout
+from stepdistill.objectives.vsd import VSD
 from stepdistill.prediction import Levels
 from stepdistill.schedule import from_scheduler_config
-from tests.oracles.oracle import batch_of, gaussian
+from tests.oracles.oracle import SCHEDULE, Linear, Roles, batch_of, gaussian, label, mixture
 
 
 SD = from_scheduler_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})[0]
@@ -115,3 +116,46 @@ def test_a_dropped_batch_trains_the_unconditional_branch_and_nothing_else() -> N
     for drop in (None, torch.ones(3, dtype=torch.bool), torch.tensor([True, False, True])):
         critic_denoising(critic, batch.noise(), batch, drop=drop, signal_weight=True)
     assert [rows.tolist() for rows in seen] == [[1, 1, 1], [-0.5, -0.5, -0.5], [-0.5, 1, -0.5]]
+
+
+CLASSES = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+NULL = 9.0  # no class
+
+
+def of_two_classes(shift: float, std: float) -> Denoiser:
+    """N(class + shift, std^2), and the mixture of both where the condition names no class."""
+    each = gaussian(lambda condition: label(condition) + shift, std)
+    both = mixture(torch.full((2,), 0.5, dtype=torch.float64), (CLASSES + shift)[:, None], std, SCHEDULE)
+
+    def call(network: nn.Module, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        null = (label(condition) == NULL)[:, None]
+        return torch.where(null, both._call(network, x_t, time, condition), each._call(network, x_t, time, condition))
+
+    return Denoiser(call, OwnWeights(nn.Module()), SCHEDULE, "epsilon")
+
+
+def two_class_gradient(objective: VSD, a: float, b: float) -> tuple[float, float]:
+    """Of the student x = a z + b + class, asked for the second class; the critic, both branches, is built from it."""
+    network = Linear(a, b)
+    view = Denoiser(
+        lambda net, x, t, condition: net.a * x + net.b + label(condition)[:, None], OwnWeights(network), SCHEDULE,
+        "sample",
+    )  # fmt: skip
+    network.requires_grad_(True)
+    roles = Roles({"student": view, "teacher": of_two_classes(0.0, S), "critic": of_two_classes(b, abs(a))})
+    z = torch.randn(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    torch.manual_seed(5)
+    objective.student_loss(roles, batch_of(z, label=1.0, null=NULL), Step(0)).total.backward()
+    return network.a.grad.item(), network.b.grad.item()
+
+
+@pytest.mark.parametrize("guidance", [0.5, 1.0, 4.5])
+def test_guidance_on_both_sides_keeps_the_classes_where_they_are_beside_a_null_that_is_their_mixture(
+    guidance: float,
+) -> None:
+    """SwiftBrush's guidance cancels at q(x | y) = p(x | y), for any scale; on the teacher alone it moves the class."""
+    assert two_class_gradient(VSD(timesteps=(2,), guidance=guidance), S, 0.0) == (0.0, 0.0)
+    alone = two_class_gradient(VSD(timesteps=(2,), guidance=guidance, guide_critic=False), S, 0.0)
+    assert (abs(alone[1]) > 1e-3) is (guidance != 1.0)
+    assert (alone[1] < 0) is (guidance > 1.0), "away from the other class, and towards it below 1"
+    assert two_class_gradient(VSD(timesteps=(2,), guidance=guidance), S, 0.4)[1] > 1e-3, "off the match it works"

@@ -220,7 +220,7 @@ class Table:
         self.linear = LinearHead(0.3 * torch.randn(2, 2, 2, dtype=torch.float64))
         self.asked: list[str] = []
 
-    def denoiser(self, role: str) -> Any:
+    def denoiser(self, role: str, *, renamed: bool = True) -> Any:
         self.asked.append(role)
         return SimpleNamespace(schedule=SCHEDULE)
 
