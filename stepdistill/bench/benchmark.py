@@ -128,11 +128,13 @@ def run_benchmark(  # noqa: PLR0913  # what the command asks for
         study = protocol.study(device, options.metrics, options.weights)
     runner = Runner(study, output, device, batch_size, seed, options, on_progress)
     stored = {model.name: runner.observe(model) for model in models}
+    measured = list(_rows(study, models, stored)) if options.share.index == 0 else []
+    missing = {**study.missing, **{what: why for _, reasons in measured for what, why in reasons.items()}}
     called = [{key: value for key, value in asdict(model).items() if key != "train_seconds"} for model in models]
-    facts = {**study.facts, "models": called, "weights": study.weights, "missing": dict(study.missing),
+    facts = {**study.facts, "models": called, "weights": study.weights, "missing": missing,
              "cells": {name: facts for name, (_, facts) in stored.items()}, "exact": options.exact,
              "left_out": LEFT_OUT, "measured_as": MEASURED_AS}  # fmt: skip
-    rows = tuple(_rows(study, models, stored)) if options.share.index == 0 else ()
+    rows = tuple(row for row, _ in measured)
     if any(getattr(row, column) is not None for row in rows for column in TO_BASELINE):
         facts["baseline"] = baseline_of(models).name
     found = report.Report(
@@ -142,7 +144,8 @@ def run_benchmark(  # noqa: PLR0913  # what the command asks for
         rows=rows,
     )  # fmt: skip
     if options.share.index == 0:
-        samples = {name: _samples(each, study.images_per_prompt) for name, (each, _) in stored.items()}
+        samples = {name: _samples(cell.load(study.num_images), study.images_per_prompt)
+                   for name, (cell, _) in stored.items()}  # fmt: skip
         _write(found, samples, study.prompts, output)
     return found
 
@@ -159,8 +162,8 @@ class Runner:
     options: Options
     on_progress: Tell | None = None
 
-    def observe(self, model: ModelUnderTest) -> tuple[Stored, dict[str, Any]]:
-        """Makes what is missing of a model's images and takes from them what metrics need => all, and facts of it."""
+    def observe(self, model: ModelUnderTest) -> tuple[Cell, dict[str, Any]]:
+        """Makes what is missing of a model's images and takes from them what metrics need => its cell, and facts."""
         share, total, what = self.options.share, self.study.num_images, self._identity(model)
         cell = Cell(self.output, model.name, what)
         missing = cell.missing(total)
@@ -175,7 +178,7 @@ class Runner:
             self._tell(model, done)
         share.wait()
         facts = {**(cell.remembered() or {}), "model": what["model"]}
-        return cell.load(total), {**facts, "surplus": len(files) - total} if len(files) > total else facts
+        return cell, {**facts, "surplus": len(files) - total} if len(files) > total else facts
 
     def _made(
         self, model: ModelUnderTest, files: Sequence[Path], batches: Sequence[list[int]], cell: Cell
@@ -235,7 +238,8 @@ class Runner:
         study, versions = self.study, report.installed_versions()
         prompts = hashlib.sha256("\n".join(study.prompts).encode()).hexdigest()
         return {
-            "model": identity(model), "prompts_sha256": prompts, "images_per_prompt": study.images_per_prompt,
+            "model": identity(model, offline=self.options.weights.offline),
+            "prompts_sha256": prompts, "images_per_prompt": study.images_per_prompt,
             "seed": self.seed, "observers": sorted(study.observers), "weights": study.weights,
             "kept_prompts": study.kept_prompts, "exact": self.options.exact, "images": self.options.save_images,
             "prepared": {key: study.facts.get(key) for key in ("side", "features", "prefix")},
@@ -249,22 +253,24 @@ class Runner:
 
 
 def _rows(
-    study: Study, models: Sequence[ModelUnderTest], stored: Mapping[str, tuple[Stored, Mapping[str, Any]]]
-) -> Iterator[report.Row]:
-    """All figures of every model."""
+    study: Study, models: Sequence[ModelUnderTest], stored: Mapping[str, tuple[Cell, Mapping[str, Any]]]
+) -> Iterator[tuple[report.Row, dict[str, str]]]:
+    """All figures of every model, and why some of them could not be computed; one cell after another is read."""
     resamples, first = Resamples(len(study.prompts)), baseline_of(models).name
     columns = {entry.name for entry in fields(report.Row)}
-    baseline = Seen(study.prompts, study.images_per_prompt, stored[first][0].values, stored[first][0].images)
+    start = stored[first][0].load(study.num_images)
+    baseline = Seen(study.prompts, study.images_per_prompt, start.values, start.images)
     for model in models:
-        parts, facts = stored[model.name]
-        seen = baseline
+        cell, facts = stored[model.name]
+        parts, seen = start, baseline
         if model.name != first:
+            parts = cell.load(study.num_images)
             seen = Seen(study.prompts, study.images_per_prompt, parts.values, parts.images, baseline)
         found = {name: e for metric in study.metrics for name, e in metric.figures(seen, resamples).items()}
         values = {name: estimate.value for name, estimate in found.items() if name in columns}
         others = {name: e.value for name, e in found.items() if name not in columns and e.value is not None}
         cost, timed = parts.cost, bool(parts.cost.timed)
-        yield report.Row(
+        row = report.Row(
             model=model.name, nfe=cost.nfe if cost.made else None, images=study.num_images, **values,
             ms_per_image=cost.ms_per_image if timed else None, train_seconds=model.train_seconds,
             peak_gib=parts.peak_gib, latency_ms=facts.get("latency_ms"), parameters=facts.get("parameters"),
@@ -272,6 +278,7 @@ def _rows(
             intervals={name: list(e.interval) for name, e in found.items() if e.interval is not None} or None,
             others=others or None,
         )  # fmt: skip
+        yield row, {f"{name} of {model.name}": e.why for name, e in found.items() if e.why is not None}
 
 
 def baseline_of(models: Sequence[ModelUnderTest]) -> ModelUnderTest:

@@ -1,7 +1,8 @@
 """What was seen of one model's images, kept batch by batch, so that a benchmark that was stopped goes on.
 
 A cell is one model at one number of steps. Each finished batch is one file, which appears at once or not at all; the
-files of several processes lie side by side. Images themselves are not kept, but for the few that pictures show.
+files of several processes lie side by side. A file that was torn all the same, as by a disk that lost power, counts as
+not there. Images themselves are not kept, but for the few that pictures show.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from stepdistill.errors import UserError
 
 FOLDER = "cells"
 IMAGES, IMAGE_JOBS, JOBS = "images", "image_jobs", "jobs"
+VALUE = "value."  # before the name of an observer
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,42 @@ class Share:
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
+class Values(Mapping[str, Tensor]):
+    """What observers gave of all images, prompt by prompt: read from the parts when asked for, and not kept.
+
+    Args:
+        parts: file => the numbers of its images, which together are 0 to N - 1.
+        names: of the observers.
+    """
+
+    def __init__(self, parts: Mapping[Path, Tensor], names: Sequence[str]) -> None:
+        self._parts, self._names = parts, tuple(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One row for each image, (N, ...)."""
+        if name not in self._names:
+            raise KeyError(name)
+        total, found = 1 + max(int(jobs.max()) for jobs in self._parts.values()), None
+        for part, jobs in self._parts.items():
+            rows = _tensor(part, VALUE + name)
+            found = rows.new_empty(total, *rows.shape[1:]) if found is None else found
+            found[jobs] = rows
+        assert found is not None, "there is at least one part"
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True)
 class Stored:
     """All parts of a cell together.
 
     Attributes:
-        values: name => one row for each image, prompt by prompt.
+        values: observer's name => one row for each image, prompt by prompt; read when asked for.
         images: of the first prompts, (n, 3, H, W) bytes.
         cost: of all batches.
         peak_gib: the most of any process.
@@ -86,7 +119,7 @@ class Cell:
 
     def missing(self, total: int) -> list[int]:
         """The numbers of the images, of `total`, that no part has yet."""
-        done = {job for part in self._parts() for job in _read(part)[0][JOBS].tolist()}
+        done = {job for jobs in self._parts().values() for job in jobs.tolist()}
         return [job for job in range(total) if job not in done]
 
     def save(
@@ -103,7 +136,7 @@ class Cell:
             peak_gib: accelerator memory so far.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"value.{name}": tensor.contiguous() for name, tensor in values.items()}
+        tensors = {VALUE + name: tensor.contiguous() for name, tensor in values.items()}
         tensors[JOBS] = torch.tensor(list(jobs))
         if images:
             tensors[IMAGES] = torch.stack(list(images.values()))
@@ -112,6 +145,8 @@ class Cell:
         name = f"part-{jobs[0]:08d}.safetensors"
         fresh = self.folder / f".{name}.new"
         save_file(tensors, fresh, metadata=facts)
+        with fresh.open("rb") as written:
+            os.fsync(written.fileno())
         fresh.replace(self.folder / name)
 
     def load(self, total: int) -> Stored:
@@ -120,23 +155,25 @@ class Cell:
         Raises:
             UserError: not all of the images are there.
         """
-        missing = len(self.missing(total))
+        parts = self._parts()
+        missing = total - len({job for jobs in parts.values() for job in jobs.tolist()})
         if missing:
             raise UserError(f"{self.folder}: {missing} of {total} images are not there, another process must have "
                             "stopped; the same command goes on")  # fmt: skip
-        parts = [_read(part) for part in self._parts()]
-        tensors, facts = [part[0] for part in parts], [part[1] for part in parts]
-        order = torch.cat([t[JOBS] for t in tensors]).argsort()
-        names = [name for name in tensors[0] if name.startswith("value.")]
-        cost = Cost()
-        for fact in facts:
-            cost.add(Cost(**{key: value for key, value in fact.items() if key != "peak_gib"}))
-        pictured = [t for t in tensors if IMAGES in t]
-        shown = torch.cat([t[IMAGE_JOBS] for t in pictured]).argsort()
+        cost, peaks, names, images, shown = Cost(), [], [], [], []
+        for part in parts:
+            with _opened(part) as opened:
+                facts = json.loads(opened.metadata()["cost"])
+                keys = list(opened.keys())
+                if IMAGES in keys:
+                    images.append(opened.get_tensor(IMAGES))
+                    shown.append(opened.get_tensor(IMAGE_JOBS))
+            peaks.append(facts.pop("peak_gib"))
+            cost.add(Cost(**facts))
+            names = [key.removeprefix(VALUE) for key in keys if key.startswith(VALUE)]
         return Stored(
-            {name.removeprefix("value."): torch.cat([t[name] for t in tensors])[order] for name in names},
-            torch.cat([t[IMAGES] for t in pictured])[shown], cost,
-            max((f["peak_gib"] for f in facts if f["peak_gib"] is not None), default=None),
+            Values(parts, names), torch.cat(images)[torch.cat(shown).argsort()], cost,
+            max((peak for peak in peaks if peak is not None), default=None),
         )  # fmt: skip
 
     def remember(self, facts: Mapping[str, Any]) -> None:
@@ -152,14 +189,27 @@ class Cell:
         facts: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         return facts
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("part-*.safetensors"))
+    def _parts(self) -> dict[Path, Tensor]:
+        """The files that can be read, and the numbers of their images."""
+        found = {}
+        for part in sorted(self.folder.glob("part-*.safetensors")):
+            try:
+                found[part] = _tensor(part, JOBS)
+            except SafetensorError:
+                continue  # torn, so its images are made again
+        return found
 
 
-def _read(part: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+@contextmanager
+def _opened(part: Path) -> Iterator[Any]:
     try:
         with safe_open(part, framework="pt") as opened:
-            facts = json.loads(opened.metadata()["cost"])
-            return {name: opened.get_tensor(name) for name in opened.keys()}, facts  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+            yield opened
+    except OSError as error:
         raise UserError(f"{part}: cannot be read ({error}); delete it, and its images are made again") from error
+
+
+def _tensor(part: Path, name: str) -> Tensor:
+    with _opened(part) as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor

@@ -23,10 +23,14 @@ QUANTILE = 1.96  # of the normal distribution, for 95 %
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, None where it does not apply, and its 95 % interval, where it has one."""
+    """A figure, None where it does not apply, and its 95 % interval, where it has one.
+
+    `why`: what was wanted for a figure that was asked for and could not be computed.
+    """
 
     value: float | None
     interval: tuple[float, float] | None = None
+    why: str | None = None
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,12 @@ from stepdistill.assets import resolve_bundled, resolve_model_path
 from stepdistill.bench.generate import Job, ModelUnderTest
 from stepdistill.bench.loading import image_files
 from stepdistill.bench.metrics.weights import fingerprint
-from stepdistill.bench.protocols import read_image
+from stepdistill.bench.own_copies import read_image
 from stepdistill.errors import UserError
 from stepdistill.inspection.tensors import read_header, takes_guidance
+
+
+ANY_FILE = ".gitattributes"
 
 
 def at_nfe(model: ModelUnderTest, calls: Sequence[int]) -> tuple[list[ModelUnderTest], list[int]]:
@@ -77,19 +80,24 @@ def _network_config(path: str, part: str) -> dict[str, Any] | None:
     return found
 
 
-def identity(model: ModelUnderTest) -> dict[str, Any]:
-    """What the model's images depend on, with hashes of its weights."""
+def identity(model: ModelUnderTest, *, offline: bool = False) -> dict[str, Any]:
+    """What the model's images depend on, with hashes of its weights; of what is on the hub, the commit.
+
+    Args:
+        model: with paths that need not have been downloaded.
+        offline: the hub is not asked, only its cache.
+    """
     left_out = ("name", "train_seconds", "height", "width")
     # A size that is not given says nothing, so that cells from before there were sizes stay good.
     facts = {key: value for key, value in asdict(model).items() if key not in left_out} | model.size_options
     for key in ("path", "lora", "adapter", "base", "scheduler", "config"):
         if facts.get(key) is not None:
-            facts[f"{key}_sha256"] = _fingerprint(str(facts[key]))
+            facts[f"{key}_sha256"] = _fingerprint(str(facts[key]), offline)
     return facts
 
 
-def _fingerprint(path: str) -> str:
-    """Of files, their hash; of images, that of their names and sizes; of a hub id, the commit that is in the cache."""
+def _fingerprint(path: str, offline: bool) -> str:
+    """Of files, their hash; of images, that of their names and sizes; of a hub id, the commit that would be loaded."""
     images = image_files(path)
     if images:
         names = "\n".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in images)
@@ -97,13 +105,25 @@ def _fingerprint(path: str) -> str:
     place = Path(path)
     if place.exists() or place.parts[:1] == ("assets",):
         return fingerprint(resolve_model_path(path))
-    from huggingface_hub import try_to_load_from_cache
+    # Anything else is a word, such as the name of a scheduler.
+    return _commit(path, offline) if path.count("/") == 1 else path
 
-    try:
-        found = try_to_load_from_cache(path, "model_index.json")
-    except ValueError:  # a word, such as the name of a scheduler
-        return path
-    return Path(found).parent.name if isinstance(found, str) else path
+
+def _commit(repository: str, offline: bool) -> str:
+    """The commit that loading a repository would take, the same before it is downloaded and after.
+
+    Without the network that is the one in the cache; the id itself where there is none, or no such repository.
+    """
+    from huggingface_hub import snapshot_download
+
+    # Of the hub a small file that every repository has; of the cache none, so that any part of it will do.
+    for patterns, local in (([ANY_FILE], False), ([], True)):
+        if local or not offline:
+            try:
+                return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=local)).name
+            except (OSError, ValueError):
+                continue
+    return repository
 
 
 @dataclass(frozen=True)

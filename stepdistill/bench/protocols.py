@@ -19,14 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepdistill.bench.loading import IMAGE_SUFFIXES
-from stepdistill.bench.metrics.base import Metric, MissingError, Observer
+from stepdistill.bench.metrics.base import Metric, MissingError
 from stepdistill.bench.metrics.figures import Reference
 from stepdistill.bench.metrics.frechet import Moments
 from stepdistill.bench.metrics.kit import (
@@ -40,7 +37,8 @@ from stepdistill.bench.metrics.kit import (
     prepared,
 )
 from stepdistill.bench.metrics.networks import Clip, by_path, square
-from stepdistill.bench.metrics.weights import PLAIN, Weights, fingerprint
+from stepdistill.bench.metrics.weights import PLAIN, Weights, fingerprint, loading
+from stepdistill.bench.own_copies import own_images, own_prompts, read_image
 from stepdistill.bench.study import Study
 from stepdistill.data.prompts import load_prompts
 from stepdistill.errors import UserError
@@ -50,6 +48,7 @@ from stepdistill.files import replacing
 FEATURES_KEPT = 10_000  # for KID, precision and recall, which want sets of equal size
 PATCH_SIDE = 1024  # images are this large when patches of them are compared
 PROMPTS, STATISTICS, FACTS = "prompts.txt", "statistics.safetensors", "protocol.json"
+RECORDED = ("count", "side", "prefix", "reference", "seed", "source")  # of a standard, in FACTS
 PREFIX = "A photo depicts "  # DMD2, main/coco_eval/coco_evaluator.py
 
 
@@ -63,7 +62,8 @@ class Standard:
         patch: patch FID is usual too.
         prefix: before the prompts of CLIP scores.
         reference: which real images, in words.
-        real: how many of them, the first by name; None: all.
+        real: how many of them.
+        own_images: they are the prompts' own; else all of a data set.
         seed: of the noise in the source.
         source: where this is written.
     """
@@ -73,23 +73,26 @@ class Standard:
     patch: bool
     prefix: str
     reference: str
-    real: int | None
+    real: int
     seed: int
     source: str
+    own_images: bool = False
 
 
 STANDARDS: Mapping[str, Standard] = {
     "coco30k": Standard(
-        30_000, 256, False, PREFIX, "all 40,504 images of COCO val2014", None, 10,
+        30_000, 256, False, PREFIX, "all 40,504 images of COCO val2014", 40_504, 10,
         "DMD2 (arXiv 2405.14867), main/coco_eval, after GigaGAN; captions_coco14_test.txt",
     ),
     "coco10k-sdxl": Standard(
         10_000, 512, True, PREFIX, "the 10,000 COCO images that belong to the prompts", 10_000, 10,
         "DMD2 (arXiv 2405.14867), main/test_folder_sd.py with eval_res 512; the first 10,000 captions",
+        own_images=True,
     ),
     "mjhq30k": Standard(
-        30_000, None, False, "", "the 30,000 images of MJHQ-30K", None, 0,
+        30_000, None, False, "", "the 30,000 images of MJHQ-30K", 30_000, 0,
         "Playground v2.5 (arXiv 2402.17245), used by PixArt-Sigma and Sana; prompts of its meta_data.json",
+        own_images=True,
     ),
 }  # fmt: skip
 
@@ -200,14 +203,21 @@ class PromptProtocol:
 
     def _clip(self, weights: Weights, device: str) -> tuple[str, str, Clip]:
         path = weights.find("clip")
-        return "clip", fingerprint(path), Clip(path, device, self.prefix)
+        with loading("clip"):
+            return "clip", fingerprint(path), Clip(path, device, self.prefix)
 
-    def _reference(self, name: str, observer: Observer) -> Reference:
+    def _reference(self, network: Network) -> Reference:
         if self.folder is None:
             raise MissingError("there are no real images to compare with; prepare a protocol")
-        tensors = load_file(Path(self.folder) / STATISTICS)
-        if f"{name}.mean" not in tensors:
+        name, facts = network.name, json.loads((Path(self.folder) / FACTS).read_text(encoding="utf-8"))
+        made_with = facts["weights"].get(name)
+        if made_with is None:
             raise MissingError(f"{self.folder} has no statistics of {name}; prepare it again with its weights at hand")
+        if made_with != network.sha256:
+            raise MissingError(f"{self.folder} was prepared with other weights of {name} (sha256 {made_with[:12]}, "
+                               f"those here {network.sha256[:12]}); name them by --weights, or prepare it "
+                               "again")  # fmt: skip
+        tensors = load_file(Path(self.folder) / STATISTICS)
         moments = Moments.of(int(tensors[f"{name}.count"]), tensors[f"{name}.mean"], tensors[f"{name}.covariance"])
         return Reference(moments, tensors[f"{name}.features"])
 
@@ -265,8 +275,11 @@ def prepare(  # noqa: PLR0913  # what the command asks for
 
     Args:
         kind: name of a `Standard`.
-        images: folder with the real images, at any depth; None adds prompts to a folder that has statistics.
-        prompts: file with the prompts; None leaves them to be added later, since statistics need none.
+        images: folder with the real images, at any depth; None adds prompts to a folder that has statistics. Where a
+            protocol has the images of its prompts, and the prompts' file names them, others are passed over; else
+            there must be as many as the protocol wants.
+        prompts: file with the prompts; entries of .json and .jsonl may name their image as `file_name`. None leaves
+            them to be added later, since statistics need none.
         folder: where it is written.
         weights: where networks lie.
         features: function that gives features instead of Inception, as package.module:name.
@@ -278,18 +291,16 @@ def prepare(  # noqa: PLR0913  # what the command asks for
         Networks that were left out, with the reason.
 
     Raises:
-        UserError: there are no images or too few prompts, or not even FID's network is to be had.
+        UserError: there are other images than the protocol's, too few prompts, or not even FID's network is to be had.
     """
     if kind not in STANDARDS:
         raise UserError(f"protocol {kind!r} is unknown; choose from {', '.join(STANDARDS)}")
     standard = STANDARDS[kind]
-    texts, prompts_facts = ([], {}) if prompts is None else _prompts(prompts, standard)
+    texts, told = ([], {}) if prompts is None else _prompts(prompts, standard)
     if images is None:
-        _add_prompts(folder, kind, texts, prompts_facts)
+        _add_prompts(folder, kind, texts, told)
         return {}
-    files = sorted(f for f in images.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)[: standard.real]
-    if len(files) < 2:
-        raise UserError(f"{images}: holds no images ({', '.join(IMAGE_SUFFIXES)}); {kind} wants {standard.reference}")
+    files = own_images(images, prompts, kind, standard)
     statistics, missing = _networks(standard, weights, features, device)
     digest = hashlib.sha256()
     for start in range(0, len(files), batch_size):
@@ -299,9 +310,9 @@ def prepare(  # noqa: PLR0913  # what the command asks for
         if on_progress is not None:
             on_progress(min(start + batch_size, len(files)), len(files))
     facts = {
-        "kind": kind, **{key: value for key, value in asdict(standard).items() if key not in ("real", "patch")},
-        "features": features, **prompts_facts, "images": len(files),
-        "images_sha256": digest.hexdigest(), "weights": {one.network.name: one.network.sha256 for one in statistics},
+        "kind": kind, **{key: value for key, value in asdict(standard).items() if key in RECORDED},
+        "features": features, **told, "images": len(files), "images_sha256": digest.hexdigest(),
+        "weights": {one.network.name: one.network.sha256 for one in statistics},
     }  # fmt: skip
     tensors = {name: tensor.contiguous() for one in statistics for name, tensor in one.tensors().items()}
     _write(folder, texts, functools.partial(save_file, tensors), facts)
@@ -336,17 +347,8 @@ def _facts_of(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _prompts(file: Path, standard: Standard) -> tuple[list[str], dict[str, str]]:
-    """The first prompts of a file, each in one line, and facts of it; MJHQ's is {id: {category, prompt}}."""
-    content: Any = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else None
-    if isinstance(content, dict):
-        found: Sequence[str] = [entry["prompt"] for entry in content.values()]
-    else:
-        found = load_prompts(file).prompts
-    if len(found) < standard.count:
-        raise UserError(f"{file}: has {len(found):,} prompts, the protocol wants {standard.count:,}: "
-                        f"{standard.source}")  # fmt: skip
-    told = {"prompts_file": file.name, "prompts_sha256": fingerprint(str(file))}
-    return [" ".join(text.split()) for text in found[: standard.count]], told
+    """The protocol's prompts from the user's own file, and facts of it."""
+    return own_prompts(file, standard), {"prompts_file": file.name, "prompts_sha256": fingerprint(str(file))}
 
 
 def _networks(
@@ -383,17 +385,3 @@ def _batches(files: Sequence[Path], root: Path, digest: Any) -> list[Tensor]:
         image = read_image(file)
         groups.setdefault((image.shape[1], image.shape[2]), []).append(image)
     return [torch.stack(group) for group in groups.values()]
-
-
-def read_image(file: Path) -> Tensor:
-    """A file => (3, H, W) in [0, 1].
-
-    Raises:
-        UserError: it is no image.
-    """
-    try:
-        with Image.open(file) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read as an image ({error})") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

@@ -21,7 +21,7 @@ from stepdistill.bench.metrics.clip_score import ClipEvaluator, clip_scores
 from stepdistill.bench.metrics.figures import Reference
 from stepdistill.bench.metrics.frechet import Moments, frechet_distance, kernel_distance
 from stepdistill.bench.metrics.kit import DISTANCES, JUDGED, Kit, Network, chosen
-from stepdistill.bench.metrics.manifold import precision_recall
+from stepdistill.bench.metrics.manifold import equally_many, precision_recall
 from stepdistill.bench.metrics.networks import Clip
 from stepdistill.bench.metrics.weights import PLAIN, Weights, fingerprint
 from stepdistill.bench.prompts import ShapesProtocol, render_scenes
@@ -68,7 +68,9 @@ class Scorer:
             "fid": frechet_distance(Moments(features.shape[1]).add(features), self.reference_moments),
             "kid": kernel_distance(features, self.reference),
             "clip_score": clip_scores(features, texts).mean().item(),
-            **precision_recall(features, self.reference[: len(features)])._asdict(),
+            **precision_recall(
+                *equally_many(features, self.reference, self.protocol.images_per_prompt), device=self.device
+            )._asdict(),
         }
 
     def real_scores(self) -> dict[str, float]:
@@ -128,10 +130,10 @@ class Scorer:
     def _look(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
         return self.evaluator.image_features(images)
 
-    def _reference(self, name: str, observer: Observer) -> Reference:
-        if name == EVALUATOR:
+    def _reference(self, network: Network) -> Reference:
+        if network.name == EVALUATOR:
             return Reference(self.reference_moments, self.reference)
-        features = self._scene_features(self.protocol.reference_scenes(), observer, self._tell)
+        features = self._scene_features(self.protocol.reference_scenes(), network.observer, self._tell)
         return Reference(Moments(features.shape[1]).add(features), features)
 
     def _seen(self, readings: Tensor) -> Seen:

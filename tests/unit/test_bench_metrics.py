@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -21,7 +25,7 @@ from stepdistill.bench.metrics.frechet import (
     kernel_influence,
     resampled_frechet,
 )
-from stepdistill.bench.metrics.manifold import precision_recall
+from stepdistill.bench.metrics.manifold import coverage, precision_recall
 from stepdistill.bench.metrics.networks import as_bytes, clean_resized, middle, square
 from stepdistill.bench.metrics.weights import Weights
 from stepdistill.errors import UserError
@@ -58,9 +62,18 @@ def seen(features: Tensor, images_per_prompt: int = 1, **others: object) -> Seen
     return Seen(prompts, images_per_prompt, {"net": features}, torch.empty(0), **others)
 
 
-def test_our_distance_is_that_of_clean_fid_with_the_same_extractor(tmp_path: Path) -> None:
+def sqrtm(matrix: np.ndarray, disp: bool = True) -> Any:
+    """SciPy's as clean-fid calls it, with the argument that SciPy 1.18 has no more."""
+    root = scipy.linalg.sqrtm(matrix)
+    return root if disp else (root, 0.0)
+
+
+def test_our_distance_is_that_of_clean_fid_with_the_same_extractor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from cleanfid import fid
 
+    monkeypatch.setattr(fid, "linalg", SimpleNamespace(sqrtm=sqrtm))
     sets = pictures(40, 1), pictures(40, 2, bright=0.2)
     for name, images in zip("ab", sets, strict=True):
         (tmp_path / name).mkdir()
@@ -68,13 +81,10 @@ def test_our_distance_is_that_of_clean_fid_with_the_same_extractor(tmp_path: Pat
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i:03d}.png")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            expected = fid.compute_fid(
-                str(tmp_path / "a"), str(tmp_path / "b"), mode="clean", custom_feat_extractor=Grid(), num_workers=0,
-                device=torch.device("cpu"), use_dataparallel=False, verbose=False,
-            )  # fmt: skip
-        except TypeError as error:
-            pytest.skip(f"clean-fid asks SciPy for an argument that it has no more: {error}")
+        expected = fid.compute_fid(
+            str(tmp_path / "a"), str(tmp_path / "b"), mode="clean", custom_feat_extractor=Grid(), num_workers=0,
+            device=torch.device("cpu"), use_dataparallel=False, verbose=False,
+        )  # fmt: skip
     ours = frechet_distance(*(moments(Grid()(clean_resized(images))) for images in sets))
     assert expected > 100, "the sets must differ for the comparison to mean something"
     assert ours == pytest.approx(expected, rel=1e-3)
@@ -102,22 +112,46 @@ def test_samples_of_gaussians_are_apart_as_the_closed_form_says(shift: float, sc
     assert frechet_distance(moments(made), moments(real)) == pytest.approx(expected, rel=0.01)
 
 
+def covered(points: Tensor, centres: Tensor, k: int = 3) -> list[bool]:
+    """By differences, one pair after another."""
+    radii = [sorted((c - o).norm().item() for j, o in enumerate(centres) if j != i)[k - 1]
+             for i, c in enumerate(centres)]  # fmt: skip
+    return [any((p - c).norm().item() <= r for c, r in zip(centres, radii, strict=True)) for p in points]
+
+
+def share(hits: list[bool]) -> float:
+    return sum(hits) / len(hits)
+
+
 def test_precision_and_recall_are_those_of_a_direct_search() -> None:
-    made, real, k = draw(50, 1, scale=0.7), draw(60, 2), 3
-
-    def covered(points: Tensor, centres: Tensor) -> float:
-        hits = 0
-        for point in points:
-            for i, centre in enumerate(centres):
-                others = sorted((centre - o).norm().item() for j, o in enumerate(centres) if j != i)
-                if (point - centre).norm().item() <= others[k - 1]:
-                    hits += 1
-                    break
-        return hits / len(points)
-
-    found = precision_recall(made, real, k)
-    assert found == pytest.approx((covered(made, real), covered(real, made)))
+    made, real = draw(50, 1, scale=0.7), draw(60, 2)
+    found = precision_recall(made, real, 3)
+    assert found == pytest.approx((share(covered(made, real)), share(covered(real, made))))
     assert found.recall < 0.9, "a narrow set must miss something"
+
+
+def test_products_find_the_neighbours_of_a_direct_search_far_from_zero_and_among_twins() -> None:
+    # Far from zero the product form cancels; twins of a collapsed generator have balls without extent.
+    real = draw(50, 1, shift=1000.0)
+    made = torch.cat([draw(30, 2, shift=1000.0, scale=1.2), real[:10], real[:1].repeat(6, 1), real[:1] + 1e-4])
+    good, met = coverage(made, real, 3)
+    assert good.tolist() == covered(made, real)
+    assert met.tolist() == covered(real, made)
+    assert 0 < good.double().mean() < 1 and 0 < met.double().mean() < 1
+    collapsed = real[:1].repeat(5, 1)
+    assert coverage(collapsed, real)[1].tolist() == [True] + [False] * 49
+
+
+@pytest.mark.parametrize(("images", "references", "used"), [(60, 25, 24), (20, 50, 20)])
+def test_precision_and_recall_compare_equally_many_by_whole_prompts(images: int, references: int, used: int) -> None:
+    made, real = draw(images, 1, scale=0.8), draw(references, 2)
+    metric = FeatureDistances("net", lambda i, p: i, Reference(moments(real), real),
+                              {"precision": "precision", "recall": "recall"})  # fmt: skip
+    found = metric.figures(seen(made, 4), Resamples(images // 4))
+    expected = share(covered(made[:used], real[:used])), share(covered(real[:used], made[:used]))
+    assert (found["precision"].value, found["recall"].value) == pytest.approx(expected)
+    whole = share(covered(made, real)), share(covered(real, made))
+    assert expected != pytest.approx(whole), "the sets' sizes must matter for the comparison to mean something"
 
 
 def test_a_clip_score_is_the_cosine_by_hand() -> None:
@@ -207,6 +241,10 @@ def test_distances_between_images_pair_the_same_noise() -> None:
     assert found["lpips"].value == pytest.approx(0.2)
     assert found["lpips_diversity"].value == pytest.approx(0.2)
     assert metric.figures(first, Resamples(2))["lpips"].value is None
+    wide = Seen(["", ""], 2, {}, images.repeat(1, 1, 1, 2), first)
+    found = metric.figures(wide, Resamples(2))
+    assert found["lpips"].value is None and "4 x 2 pixels, the first model's 2 x 2" in found["lpips"].why
+    assert found["lpips_diversity"].value == pytest.approx(0.2), "which needs no other model"
 
 
 def test_a_function_of_ones_own_is_averaged() -> None:
@@ -215,8 +253,6 @@ def test_a_function_of_ones_own_is_averaged() -> None:
 
 
 def test_images_are_cut_and_resized_as_pil_does_it() -> None:
-    import numpy as np
-
     image = pictures(1, 1)[..., :30]  # 40 high, 30 wide
     whole = Image.fromarray(as_bytes(image)[0].permute(1, 2, 0).numpy())
     cut = whole.crop((0, 5, 30, 35)).resize((16, 16), Image.Resampling.LANCZOS)

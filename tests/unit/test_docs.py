@@ -171,6 +171,38 @@ def test_every_symbol_that_is_named_with_its_file_exists() -> None:
             target = getattr(target, name)
 
 
+def published_tables() -> Iterator[tuple[str, str, list[dict[str, str]]]]:
+    """(heading, what its section says before the table, rows) of every table of published numbers."""
+    heading, said, rows = "", "", list[list[str]]()
+    for line in [*(ROOT / "docs/published.md").read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        if rows:
+            yield heading, said, [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+            rows = []
+        heading, said = (line.strip("# "), "") if line.startswith("#") else (heading, f"{said} {line}")
+
+
+def test_every_published_number_has_its_protocol_and_its_source() -> None:
+    tables = list(published_tables())
+    assert len(tables) >= 6, "the tables have gone"
+    sources = (ROOT / "docs/published.md").read_text().partition("## Sources")[2]
+    known = {re.sub(r"\s+", " ", name).strip() for name in re.findall(r"(?:^|,)([^,\[\]]+)\[\d{4}\.\d{5}\]", sources)}
+    assert {"DMD2", "SDXL-Lightning", "ADD"} <= known
+    for heading, said, rows in tables:
+        count = re.search(r"\d[\d,]* (?:\w+ ){0,2}?(?:captions|prompts|images)", f"{heading} {said}")
+        assert count, f"{heading}: how many images?"
+        assert re.search("COCO|ImageNet|the score's own", f"{heading} {said}"), f"{heading}: which prompts or images?"
+        assert rows and all(re.fullmatch(r"[\d.]+|-", row["NFE"]) for row in rows), heading
+        if "from" not in rows[0]:
+            assert "Read from the methods' papers" in said, f"{heading}: whose numbers are these?"
+            continue
+        for row in rows:
+            via = row["from"].removeprefix("via ")
+            assert row["from"] == "paper" or via in known, f"{heading}: {row['model']} is from {row['from']}"
+
+
 def test_the_map_of_the_code_names_files_that_exist() -> None:
     text = (ROOT / "README.md").read_text()
     section = text.partition("## Map of the code")[2].partition("```")[2].partition("```")[0]

@@ -22,7 +22,7 @@ from stepdistill.bench.metrics.frechet import (
     kernel_influence,
     resampled_frechet,
 )
-from stepdistill.bench.metrics.manifold import coverage
+from stepdistill.bench.metrics.manifold import coverage, equally_many
 
 
 GROUP_BYTES = 2**29  # memory for the moments of groups of prompts
@@ -53,6 +53,7 @@ class FeatureDistances:
         observer: gives (B, D).
         reference: real images.
         columns: the metric => the column that it fills: "frechet", "kernel", "precision", "recall".
+        device: where precision and recall are computed.
     """
 
     name: str
@@ -60,6 +61,7 @@ class FeatureDistances:
     reference: Reference
     columns: Mapping[str, str]
     weights: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def observers(self) -> Mapping[str, Observer]:
@@ -75,7 +77,8 @@ class FeatureDistances:
             drawn = resamples.weights @ _by_prompt(parts, resamples) / resamples.prompts
             found["kernel"] = resamples.spread(value, drawn)
         if real is not None and {"precision", "recall"} & set(self.columns):
-            found |= _covered(features, real[: len(features)], resamples)
+            found |= _covered(*equally_many(features, real, seen.images_per_prompt), seen.images_per_prompt,
+                              resamples, self.device)  # fmt: skip
         return {self.columns[name]: estimate for name, estimate in found.items() if name in self.columns}
 
     def _frechet(self, features: Tensor, resamples: Resamples) -> Estimate:
@@ -178,10 +181,13 @@ class ImageDistances:
     def figures(self, seen: Seen, resamples: Resamples) -> Mapping[str, Estimate]:
         count, found = seen.images_per_prompt, dict.fromkeys(self.columns, Estimate(None))
         draws = Resamples(len(seen.images) // count, resamples.count, resamples.seed)
-        # Images of different sizes have no distance.
-        if "lpips" in found and seen.baseline is not None and seen.images.shape == seen.baseline.images.shape:
-            apart = self._distances(seen.images, seen.baseline.images)
-            found["lpips"] = draws.mean(apart)
+        if "lpips" in found and seen.baseline is not None:
+            sizes = ["{1} x {0}".format(*each.shape[-2:]) for each in (seen.images, seen.baseline.images)]
+            if sizes[0] == sizes[1]:
+                found["lpips"] = draws.mean(self._distances(seen.images, seen.baseline.images))
+            else:
+                why = f"its images have {sizes[0]} pixels, the first model's {sizes[1]}; wanted images of one size"
+                found["lpips"] = Estimate(None, why=why)
         if "lpips_diversity" in found and count > 1:
             # Each image with the next one of its prompt: K of the K (K - 1) / 2 pairs, every image in two of them.
             each = seen.images.reshape(-1, count, *seen.images.shape[1:])
@@ -214,13 +220,17 @@ class MeanScore:
         return {self.column: resamples.mean(seen.values[self.column])}
 
 
-def _covered(features: Tensor, real: Tensor, resamples: Resamples) -> dict[str, Estimate]:
-    """Precision and recall of sets of equal size, as the paper has them: either share grows with the other set."""
-    if min(len(features), len(real)) <= NEIGHBOURS:
+def _covered(
+    features: Tensor, real: Tensor, images_per_prompt: int, resamples: Resamples, device: str
+) -> dict[str, Estimate]:
+    """Precision and recall of sets of equal size, as the paper has them: both shares depend on both sizes."""
+    if len(features) <= NEIGHBOURS:
         return {"precision": Estimate(None), "recall": Estimate(None)}
-    good, met = coverage(features, real, NEIGHBOURS)
-    recall = Resamples(len(met), resamples.count, resamples.seed).mean(met, within=(0, 1))  # a share of real images
-    return {"precision": resamples.mean(good, within=(0, 1)), "recall": recall}
+    good, met = coverage(features, real, NEIGHBOURS, device=device)
+    # Precision is a share of made images, which come by prompts, recall one of real images.
+    draws = [Resamples(n, resamples.count, resamples.seed) for n in (len(features) // images_per_prompt, len(met))]
+    shares = [each.mean(covered, within=(0, 1)) for each, covered in zip(draws, (good, met), strict=True)]
+    return dict(zip(("precision", "recall"), shares, strict=True))
 
 
 def _by_prompt(values: Tensor, resamples: Resamples) -> Tensor:

@@ -18,7 +18,7 @@ from stepdistill.bench.metrics.figures import (
     Reference,
     TextAgreement,
 )
-from stepdistill.bench.metrics.weights import Weights, fingerprint
+from stepdistill.bench.metrics.weights import Weights, fingerprint, loading
 from stepdistill.errors import UserError
 
 
@@ -69,7 +69,7 @@ class Kit:
     device: str
     features: Callable[[], Network]
     clip: Callable[[], tuple[str, str, Clip]]
-    reference: Callable[[str, Observer], Reference]
+    reference: Callable[[Network], Reference]
     seen: Prepare = lambda images: images
     patch: Prepare = lambda images: images
     judged: Maker | None = None
@@ -111,18 +111,18 @@ class Kit:
     def _distances(self, chosen: Sequence[str]) -> Metric:
         network = self.features()
         columns = {DISTANCES[name]: name for name in chosen}
-        reference = self.reference(network.name, network.observer)
-        return FeatureDistances(network.name, network.observer, reference, columns, {network.name: network.sha256})
+        return FeatureDistances(network.name, network.observer, self.reference(network), columns,
+                                {network.name: network.sha256}, self.device)  # fmt: skip
 
     def _inception_patch(self) -> Metric:
         network = patch_network(self.weights, self.device, self.patch)
-        reference = self.reference(network.name, network.observer)
+        reference = self.reference(network)
         return FeatureDistances(network.name, network.observer, reference, {"frechet": "patch_fid"},
                                 {network.name: network.sha256})  # fmt: skip
 
     def _dinov2(self) -> Metric:
         network = dinov2_network(self.weights, self.device, self.seen)
-        reference = self.reference(network.name, network.observer)
+        reference = self.reference(network)
         return FeatureDistances(network.name, network.observer, reference, {"frechet": "fd_dinov2"},
                                 {network.name: network.sha256})  # fmt: skip
 
@@ -137,8 +137,9 @@ class Kit:
     def _images(self, chosen: Sequence[str]) -> Metric:
         from stepdistill.lpips import load_lpips
 
-        path = self.weights.find("vgg16")
-        network, device = load_lpips(path, torch.device(self.device)), self.device
+        path, device = self.weights.find("vgg16"), self.device
+        with loading("vgg16"):
+            network = load_lpips(path, torch.device(device))
         return ImageDistances(
             lambda a, b: network(a.to(device), b.to(device)), tuple(chosen), {"vgg16": fingerprint(path)}
         )
@@ -149,12 +150,14 @@ class Kit:
         (name,) = chosen
         path = self.weights.find(name)
         weights = {name: fingerprint(path)}
-        if name == "image_reward":
-            return MeanScore(name, ImageReward(path, self.device), weights)
         if name == "aesthetic":
             clip = self.weights.find("clip-l14")
-            return MeanScore(name, Aesthetic(path, clip, self.device), {**weights, "clip-l14": fingerprint(clip)})
-        return MeanScore(name, Preference(path, self.device, 100.0 if name == "hpsv2" else None), weights)
+            with loading(name, "clip-l14"):
+                return MeanScore(name, Aesthetic(path, clip, self.device), {**weights, "clip-l14": fingerprint(clip)})
+        with loading(name):
+            if name == "image_reward":
+                return MeanScore(name, ImageReward(path, self.device), weights)
+            return MeanScore(name, Preference(path, self.device, 100.0 if name == "hpsv2" else None), weights)
 
 
 def chosen(wanted: Sequence[str] | None, usual: Sequence[str]) -> tuple[str, ...]:
@@ -167,36 +170,39 @@ def inception_network(weights: Weights, device: str, seen: Prepare) -> Network:
     """clean-fid's Inception.
 
     Raises:
-        MissingError: its weights are nowhere.
+        MissingError: its weights are nowhere, or cannot be loaded.
     """
     from stepdistill.bench.metrics.networks import Inception
 
     path = weights.find("inception")
-    return Network("inception", prepared(Inception(path, device), seen), fingerprint(path))
+    with loading("inception"):
+        return Network("inception", prepared(Inception(path, device), seen), fingerprint(path))
 
 
 def patch_network(weights: Weights, device: str, patch: Prepare) -> Network:
     """The same on the middle of full-sized images.
 
     Raises:
-        MissingError: its weights are nowhere.
+        MissingError: its weights are nowhere, or cannot be loaded.
     """
     from stepdistill.bench.metrics.networks import Inception
 
     path = weights.find("inception")
-    return Network("inception-patch", prepared(Inception(path, device, patch=True), patch), fingerprint(path))
+    with loading("inception"):
+        return Network("inception-patch", prepared(Inception(path, device, patch=True), patch), fingerprint(path))
 
 
 def dinov2_network(weights: Weights, device: str, seen: Prepare) -> Network:
     """DINOv2.
 
     Raises:
-        MissingError: its weights are nowhere.
+        MissingError: its weights are nowhere, or cannot be loaded.
     """
     from stepdistill.bench.metrics.networks import DinoV2
 
     path = weights.find("dinov2")
-    return Network("dinov2", prepared(DinoV2(path, device), seen), fingerprint(path))
+    with loading("dinov2"):
+        return Network("dinov2", prepared(DinoV2(path, device), seen), fingerprint(path))
 
 
 def prepared(observer: Observer, prepare: Prepare) -> Observer:

@@ -76,7 +76,9 @@ class DinoV2:
     def __init__(self, path: str, device: str) -> None:
         from transformers import Dinov2Model
 
-        self._network: Any = Dinov2Model.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+        self._network: Any = Dinov2Model.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
         self._network.eval().to(device)
         self._device = device
 

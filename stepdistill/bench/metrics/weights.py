@@ -8,9 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from filelock import FileLock
+from safetensors import SafetensorError
 
 from stepdistill.bench.metrics.base import MissingError
 from stepdistill.errors import UserError, first_line
@@ -80,8 +84,7 @@ class Weights:
         Raises:
             MissingError: it is nowhere; says what was wanted and how to give it.
         """
-        source, given = SOURCES[name], self._given(name)
-        wanted = f"{source.what} for --weights {name}=PATH or {_variable(name)}"
+        source, given, wanted = SOURCES[name], self._given(name), _wanted(name)
         if given is not None:
             place = Path(given)
             if place.is_dir() if source.folder else place.is_file():
@@ -94,19 +97,15 @@ class Weights:
         return self._from_hub(source.hub, wanted)
 
     def _inception(self, wanted: str) -> str:
-        folder = Path(tempfile.gettempdir())
-        if not (folder / INCEPTION_FILE).is_file():
+        place = Path(tempfile.gettempdir()) / INCEPTION_FILE
+        if not place.is_file():
             if self.offline:
-                raise MissingError(f"{folder / INCEPTION_FILE} is not there and --offline was given; wanted {wanted}")
-            from cleanfid.downloads_helper import check_download_inception
-
+                raise MissingError(f"{place} is not there and --offline was given; wanted {wanted}")
             try:
-                check_download_inception(str(folder))
+                _download_inception(place)
             except OSError as error:
-                (folder / INCEPTION_FILE).unlink(missing_ok=True)  # it leaves an empty one behind
-                place = folder / INCEPTION_FILE
                 raise MissingError(f"{place} cannot be downloaded ({error}); wanted {wanted}") from error
-        return str(folder / INCEPTION_FILE)
+        return str(place)
 
     def _from_hub(self, repository: str, wanted: str) -> str:
         from huggingface_hub import snapshot_download
@@ -117,6 +116,39 @@ class Weights:
         except (OSError, ValueError) as error:
             reason = f"{repository} is not in the cache and not to be had ({first_line(error)})"
             raise MissingError(f"{reason}; wanted {wanted}") from error
+
+
+def _download_inception(place: Path) -> None:
+    """By clean-fid, which writes into the very file that others read: so aside, and by one process at a time."""
+    from cleanfid.downloads_helper import check_download_inception
+
+    with FileLock(place.with_name(f".{place.name}.lock")):
+        if place.is_file():  # by whoever held the lock before
+            return
+        with tempfile.TemporaryDirectory(dir=place.parent) as aside:
+            check_download_inception(aside)
+            (Path(aside) / place.name).replace(place)
+
+
+@contextmanager
+def loading(*names: str) -> Iterator[None]:
+    """Turns what goes wrong while a network is loaded into one metric that is missing.
+
+    Args:
+        names: of `SOURCES`, for the message.
+
+    Raises:
+        MissingError: says what went wrong, what was wanted and how to give it.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        wanted = " and ".join(_wanted(name) for name in names)
+        raise MissingError(f"cannot be loaded ({first_line(error)}); wanted {wanted}") from error
+
+
+def _wanted(name: str) -> str:
+    return f"{SOURCES[name].what} for --weights {name}=PATH or {_variable(name)}"
 
 
 def _variable(name: str) -> str:
