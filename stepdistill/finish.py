@@ -193,8 +193,8 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
     assert config is not None, "the caller asks only if the recipe does"
     steps, guidance = config.teacher_steps, config.teacher_guidance
     teacher_path = known_teacher(recipe, folder)
-    size = {"height": recipe.data.size, "width": recipe.data.size}  # at which the student was trained
-    teacher = ModelUnderTest(f"teacher, {steps} steps", teacher_path, steps, guidance, **size)
+    side = recipe.data.size  # at which the student was trained
+    teacher = ModelUnderTest(f"teacher, {steps} steps", teacher_path, steps, guidance, height=side, width=side)
     seconds = folder.train_seconds()
     several, adapter = recipe.multi_student, None
     path = str(folder.pipeline if several is None else folder.path)
@@ -210,7 +210,8 @@ def measure(recipe: Recipe, spec: InferenceSpec | None, folder: RunFolder, displ
         name = "student" if several is None else f"{several.students} students"
         rule = None if several is None else several.rule
         student = ModelUnderTest(f"{name}, {spec.num_steps} {plural}", path, spec.num_steps, spec.guidance_scale,
-                                 eta=spec.eta, train_seconds=seconds, adapter=adapter, rule=rule, **size)  # fmt: skip
+                                 eta=spec.eta, train_seconds=seconds, adapter=adapter, rule=rule, height=side,
+                                 width=side)  # fmt: skip
         models = [teacher, one, student]
     protocol = ShapesProtocol(config.prompts, config.images_per_prompt, evaluator=config.evaluator)
     with display.counting("measuring") as count:

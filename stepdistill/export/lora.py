@@ -102,7 +102,7 @@ def add_lora(network: nn.Module, state: Mapping[str, Tensor]) -> None:
             if side == "A.weight":
                 weight = network.get_parameter(f"{layer}.weight")
                 change = state[f"{layer}.lora_B.weight"].flatten(1) @ lora_a.flatten(1)
-                weight += change.reshape(weight.shape).to(weight)
+                weight.add_(change.reshape(weight.shape).to(weight))
 
 
 def _target_layers(network: nn.Module, targets: Sequence[str] | None) -> Iterator[str]:

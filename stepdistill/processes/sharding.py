@@ -54,8 +54,8 @@ def gathered_bytes(network: nn.Module) -> int:
 
     Whatever is in no block; the block at work, with its gradients; and the next block, which is gathered meanwhile.
     """
-    blocks = [_bytes(block) for block in blocks_of(network)]
-    return _bytes(network) - sum(blocks) + 3 * max(blocks, default=0)
+    blocks = sorted(_bytes(block) for block in blocks_of(network))
+    return _bytes(network) - sum(blocks) + sum(blocks[-2:]) + sum(blocks[-1:])
 
 
 def _bytes(module: nn.Module) -> int:

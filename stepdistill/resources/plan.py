@@ -272,7 +272,8 @@ class _Played:
         for network in own.values():
             meter.divide(network.parameters(), parts)
             for parameter in network.parameters():
-                parameter.requires_grad_(True).register_post_accumulate_grad_hook(divide)
+                parameter.requires_grad_(True)  # which torch wants for a hook
+                parameter.register_post_accumulate_grad_hook(divide)  # type: ignore[no-untyped-call]
                 parameter.requires_grad_(False)
         return own
 
