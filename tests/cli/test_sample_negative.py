@@ -56,3 +56,11 @@ def test_every_way_of_a_negative_prompt_changes_the_image(
         images[name] = Image.open(capsys.readouterr().out.strip()).tobytes()
     assert images["nothing"] == images["plain"]
     assert len({images[name] for name in ways if name != "nothing"}) == 5
+
+
+def test_a_negative_prompt_that_flux_would_not_hear_is_refused(
+    flux_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--guidance-scale", 3, "--negative-prompt", "red", "--output", tmp_path / "out")
+    assert sample(monkeypatch, flux_folder, "a", *words) == 2
+    assert "a negative prompt does nothing to FLUX" in capsys.readouterr().err
