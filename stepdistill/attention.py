@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from stepdistill.attention_processors import NAG, NASA, Rule, replacement
+from stepdistill.attention_processors import NAG, NASA, Rule, TwoTexts, attends_to_text, replacement
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, Weights
 from stepdistill.errors import UserError
@@ -79,10 +78,10 @@ class Steering:
 
     def __init__(self, network: nn.Module, rule: Rule, negative: Negative) -> None:
         self._network, self._negative = network, negative
-        self._layers = [
+        self._layers: list[tuple[Any, TwoTexts]] = [
             (layer, replacement(name, layer, rule)(rule, negative.tokens.shape[1]))
             for name, layer in network.named_modules()
-            if isinstance(layer, Attention) and (layer.is_cross_attention or layer.added_kv_proj_dim is not None)
+            if attends_to_text(layer)
         ]
         if not self._layers:
             raise UserError(f"{type(network).__name__} has no attention to text that could be steered")
@@ -134,8 +133,15 @@ class Steering:
             raise UserError(f"{type(network).__name__} was called without encoder_hidden_states by name, so there is "
                             "no prompt to steer")  # fmt: skip
         tokens, mask = self._negative.append_to(tokens, kwargs.get("encoder_attention_mask"))
-        changed = {"encoder_hidden_states": tokens}
-        return args, {**kwargs, **changed, **({} if mask is None else {"encoder_attention_mask": mask})}
+        changed: dict[str, Tensor] = {"encoder_hidden_states": tokens}
+        if mask is not None:
+            changed["encoder_attention_mask"] = mask
+        places = kwargs.get("txt_ids")  # FLUX's, of every token of a text the same
+        if places is not None:
+            changed["txt_ids"] = places[:1].expand(tokens.shape[1], -1)
+        for _, processor in self._layers:
+            processor.texts = tokens.shape[1]
+        return args, {**kwargs, **changed}
 
     def _wrap_checkpointing(self) -> None:
         """Activation checkpointing recomputes blocks in the backward pass, when other processors are in place again.
@@ -161,11 +167,15 @@ class Steering:
 
 
 class _Layout(NamedTuple):
-    """Where an `encode_prompt` returns negative embeddings and their mask, and which arguments it needs besides."""
+    """Where an `encode_prompt` returns negative embeddings and their mask, and which arguments it needs besides.
+
+    One without negative prompts is given them as prompts, which is what its pipeline does for guidance.
+    """
 
     tokens: int
     mask: int | None = None
     needs: tuple[str, ...] = ()
+    negatives: bool = True
 
 
 LAYOUTS: Mapping[str, _Layout] = {
@@ -175,6 +185,7 @@ LAYOUTS: Mapping[str, _Layout] = {
     "PixArtAlphaPipeline": _Layout(2, 3),
     "PixArtSigmaPipeline": _Layout(2, 3),
     "SanaPipeline": _Layout(2, 3),
+    "FluxPipeline": _Layout(0, None, ("prompt_2",), negatives=False),
 }
 
 
@@ -189,10 +200,12 @@ def encode_negative(pipeline: Any, prompts: Sequence[str]) -> Negative:
     if name not in LAYOUTS:
         raise UserError(f"{name} cannot be given a negative prompt here; these can: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[name]
+    texts: dict[str, Any] = {"prompt": list(prompts)}
+    if layout.negatives:
+        texts = {"prompt": [""] * len(prompts), "negative_prompt": list(prompts), "do_classifier_free_guidance": True}
     encoded = pipeline.encode_prompt(
-        prompt=[""] * len(prompts), negative_prompt=list(prompts), device=pipeline.device, num_images_per_prompt=1,
-        do_classifier_free_guidance=True, **dict.fromkeys(layout.needs),
-    )  # fmt: skip
+        **texts, device=pipeline.device, num_images_per_prompt=1, **dict.fromkeys(layout.needs)
+    )
     return Negative(encoded[layout.tokens], None if layout.mask is None else encoded[layout.mask])
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -84,10 +87,17 @@ class TwoTexts:
     Args:
         rule: how the two outputs are mixed.
         length: number of negative tokens, the last ones of every text sequence.
+
+    Attributes:
+        joint: whether it stands for joint attention, for which not every rule is made.
+        texts: number of tokens of both texts in the present call of the network.
     """
+
+    joint: ClassVar[bool] = False
 
     def __init__(self, rule: Rule, length: int) -> None:
         self._rule, self._length = rule, length
+        self.texts = 0
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """The prompt's part and the negative's; contiguous, for kernels of the same bits as without steering."""
@@ -151,6 +161,8 @@ class JointAttention(TwoTexts):
     Both texts keep streams of their own through the network; only the image's outputs are mixed.
     """
 
+    joint: ClassVar[bool] = True
+
     def __call__(
         self,
         attn: Any,
@@ -170,6 +182,57 @@ class JointAttention(TwoTexts):
             images.append(output[:, :count])
             texts.append(output[:, count:] if attn.context_pre_only else attn.to_add_out(output[:, count:]))
         return attn.to_out[1](attn.to_out[0](self._rule.mix(images[0], images[1]))), torch.cat(texts, dim=1)
+
+
+class FluxJointAttention(TwoTexts):
+    """Stands in for `FluxAttnProcessor`: joint attention as above, with rotated queries and keys.
+
+    In FLUX's blocks of one stream the texts come before the image in one sequence, with one set of projections.
+    """
+
+    joint: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One attention of image tokens (B, N, C) and both texts (B, L, C) => both anew, or one sequence of all."""
+        own = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+        if encoder_hidden_states is None:
+            texts, image, of_text = hidden_states[:, : self.texts], hidden_states[:, self.texts :], own
+        else:
+            texts, image = encoder_hidden_states, hidden_states
+            of_text = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+        rotations = [None] * 3 if image_rotary_emb is None else self._rotations(image_rotary_emb)
+        seen = _rotated(_projected(attn, image, *own), rotations[2])
+        images, streams = [], []
+        for part, rotation in zip(self._parts(texts, 1), rotations, strict=False):
+            text = _rotated(_projected(attn, part, *of_text), rotation)
+            query, key, value = (torch.cat(pair, dim=2) for pair in zip(text, seen, strict=True))
+            output = _merge_heads(scaled_dot_product_attention(query, key, value))
+            streams.append(output[:, : part.shape[1]])
+            images.append(output[:, part.shape[1] :])
+        mixed = self._rule.mix(images[0], images[1])
+        if encoder_hidden_states is None:
+            return torch.cat([*streams, mixed], dim=1)
+        return attn.to_out[1](attn.to_out[0](mixed)), attn.to_add_out(torch.cat(streams, dim=1))
+
+    def _rotations(self, whole: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Sines and cosines of all tokens => those of the prompt, of the negative and of the image."""
+        ends = (0, self.texts - self._length, self.texts, len(whole[0]))
+        return [(whole[0][a:b], whole[1][a:b]) for a, b in pairwise(ends)]
+
+
+def _rotated(heads: tuple[Tensor, Tensor, Tensor], rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+    """Query and key, (B, H, N, C / H), at their places; the value as it is."""
+    if rotation is None:
+        return heads
+    query, key = (apply_rotary_emb(z, rotation, sequence_dim=2) for z in heads[:2])
+    return query, key, heads[2]
 
 
 def _projected(
@@ -197,7 +260,15 @@ _REPLACEMENTS: dict[type, type[TwoTexts]] = {
     AttnProcessor2_0: CrossAttention,
     SanaAttnProcessor2_0: SanaAttention,
     JointAttnProcessor2_0: JointAttention,
+    FluxAttnProcessor: FluxJointAttention,
 }
+
+
+def attends_to_text(layer: nn.Module) -> bool:
+    """Whether a module of a network is an attention in which text has a part."""
+    if isinstance(layer, Attention):
+        return bool(layer.is_cross_attention or layer.added_kv_proj_dim is not None)
+    return isinstance(layer, FluxAttention)  # in all of whose blocks the text is in the sequence, or beside it
 
 
 def replacement(name: str, layer: Any, rule: Rule) -> type[TwoTexts]:
@@ -205,7 +276,7 @@ def replacement(name: str, layer: Any, rule: Rule) -> type[TwoTexts]:
 
     Args:
         name: of the layer, for messages.
-        layer: a Diffusers `Attention`.
+        layer: a Diffusers `Attention` or `FluxAttention`.
         rule: what it is to mix by.
 
     Raises:
@@ -214,12 +285,19 @@ def replacement(name: str, layer: Any, rule: Rule) -> type[TwoTexts]:
     kind = type(layer.processor)
     if issubclass(kind, TwoTexts):
         raise UserError(f"{name}: attention is steered already; remove the earlier steering first")
-    if kind not in _REPLACEMENTS or layer.group_norm is not None or layer.spatial_norm is not None:
+    if kind not in _REPLACEMENTS or _does_more(layer):
         known = ", ".join(k.__name__ for k in _REPLACEMENTS)
         raise UserError(f"{name}: {kind.__name__} cannot be steered; only {known} can. Take off what replaced the "
                         "stock processors: IP adapters, xformers, slicing, fused projections")  # fmt: skip
     found = _REPLACEMENTS[kind]
-    if issubclass(found, JointAttention) and not rule.joint:
+    if found.joint and not rule.joint:
         raise UserError(f"{name}: {type(rule).__name__} is defined for cross-attention, and this network has joint "
                         "attention; use NAG")  # fmt: skip
     return found
+
+
+def _does_more(layer: Any) -> bool:
+    """Whether the layer has parts that our processors leave out."""
+    if isinstance(layer, FluxAttention):
+        return bool(layer.fused_projections)
+    return layer.group_norm is not None or layer.spatial_norm is not None

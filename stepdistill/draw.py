@@ -114,6 +114,9 @@ def _check_it_acts(pipeline: DiffusionPipeline) -> None:
     if unet is not None and unet.config.get("time_cond_proj_dim") is not None:
         raise UserError("a negative prompt does nothing to a network that takes the guidance scale as an input; say "
                         "how strongly it is to act, with --nasa 0.3 or --nag 2")  # fmt: skip
+    if type(pipeline).__name__ == "FluxPipeline":
+        raise UserError("a negative prompt does nothing to FLUX, whose guidance takes one network call; say how "
+                        "strongly it is to act, with --nag 2")  # fmt: skip
 
 
 def _slug(prompt: str) -> str:

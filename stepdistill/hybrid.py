@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.routed import RoutedPipeline
-from stepdistill.schedule import flow_schedule
+from stepdistill.schedule import even_sigmas, flow_schedule
 from stepdistill.stretch import Stretch, Watch, is_flow, levels
 
 
@@ -147,7 +147,10 @@ class HybridPipeline:
 
     def _begin(self, prompts: Sequence[Any], handover: Handover, **options: Any) -> Tensor:
         """Noise => what the student is to go on from, alpha x0 + sigma eps, (B, C, H, W)."""
-        steps, times = self.num_base_steps, _grid(self.base.scheduler, handover.timestep, self.num_base_steps)
+        # Where the base model's shift follows from the size of the images, the student has the one for this size.
+        sizes = self.base.scheduler.config.get("use_dynamic_shifting")
+        bent = self.student.scheduler if sizes else self.base.scheduler
+        steps, times = self.num_base_steps, _grid(bent, handover.timestep, self.num_base_steps)
         watch = self.watch
         scheduler = Stretch(
             _walking(self.base.scheduler), stop=steps,
@@ -165,7 +168,10 @@ class HybridPipeline:
             raise UserError(f"hybrid sampling: the base model is to do {self.replaces} of the student's {num_steps} "
                             "steps and would leave it none; the student needs at least one more")  # fmt: skip
         scheduler = copy.deepcopy(self.student.scheduler)
-        scheduler.set_timesteps(num_steps)
+        if scheduler.config.get("use_dynamic_shifting"):
+            raise UserError("hybrid sampling: the student's scheduler shifts its noise levels by the size of images; "
+                            "give it use_dynamic_shifting: false and the shift that it was trained with")  # fmt: skip
+        scheduler.set_timesteps(num_steps, **({"sigmas": even_sigmas(num_steps)} if _is_flux(self.student) else {}))
         timestep = scheduler.timesteps[self.replaces]
         scale = 1.0 if is_flow(scheduler) else float(scheduler.scale_model_input(torch.ones(1), timestep))
         sigmas = [float(levels(one, float(timestep))[1]) for one in (self.base.scheduler, scheduler)]
@@ -197,6 +203,12 @@ def _arguments(pipeline: Any) -> Mapping[str, inspect.Parameter]:
     """What a stock pipeline's call accepts; students that share one are called through it."""
     stock = pipeline.stock if isinstance(pipeline, RoutedPipeline) else pipeline
     return inspect.signature(stock.__call__).parameters
+
+
+def _is_flux(pipeline: Any) -> bool:
+    """Whether a pipeline gives its scheduler sigmas of its own to shift, as FLUX's does."""
+    stock = pipeline.stock if isinstance(pipeline, RoutedPipeline) else pipeline
+    return type(stock).__name__ == "FluxPipeline"
 
 
 def _walking(scheduler: Any) -> Any:

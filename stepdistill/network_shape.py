@@ -16,12 +16,13 @@ class NetworkShape:
             narrower, their number stays.
         layers: how many layers are kept: of a UNet, pairs of residual and attention layer on the way down of each
             stage, one number or one for each stage that is kept (the way up has one more, as in Diffusers); of a
-            transformer, blocks, one number. Kept are evenly spaced ones, first and last among them.
+            transformer, blocks, one number (of FLUX two: blocks of two streams and blocks of one). Kept are evenly
+            spaced ones, first and last among them.
         depth: how many transformer layers are kept in every attention layer of a UNet; one number or one for each
             stage.
         remove: parts by their names in the teacher's network: of a UNet "mid_block", innermost stages such as
             "down_blocks.3" (their way up goes too), and attention layers such as "down_blocks.0.attentions"; of a
-            transformer blocks such as "transformer_blocks.5".
+            transformer blocks such as "transformer_blocks.5" or FLUX's "single_transformer_blocks.5".
     """
 
     channels: float = 1.0

@@ -8,24 +8,28 @@ Letters: N prompts or classes, D features, K students.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill.errors import UserError
 from stepdistill.labels import class_label
 from stepdistill.run_folder import PARTITION
 
+
+if TYPE_CHECKING:
+    from stepdistill.families.base import ModelFamily
 
 Array = NDArray[np.float64]
 
@@ -42,7 +46,7 @@ class Embedder:
     """What a stock pipeline says about a prompt: the class that it is, or its text embedding.
 
     Args:
-        pipeline: a text-to-image pipeline with CLIP text encoders, or a `DiTPipeline`.
+        pipeline: a text-to-image pipeline of a supported family, or a `DiTPipeline`.
         folder: a Diffusers folder to take the text encoders from, in float32, where the pipeline's own may have
             another precision and so would move prompts over borders; None: the pipeline's own.
     """
@@ -57,6 +61,7 @@ class Embedder:
                 if folder is not None and part.dtype != torch.float32:
                     part = type(part).from_pretrained(folder, subfolder=name, dtype=torch.float32).eval()
                 self._encoders.append((pipeline.components[name.replace("text_encoder", "tokenizer")], part))
+        self._family = None if self._encoders else _reading_family(pipeline, folder)
 
     @property
     def has_classes(self) -> bool:
@@ -85,14 +90,18 @@ class Embedder:
 
     @torch.no_grad()
     def features(self, prompts: Sequence[str]) -> Array:
-        """The pooled embeddings of all CLIP encoders side by side, at unit length, (N, D).
+        """What the teacher's own text encoders make of prompts, at unit length, (N, D).
+
+        The pooled embeddings of all CLIP encoders side by side; where there are none, the mean of the tokens that the
+        network is given, padding left out.
 
         Raises:
-            UserError: the pipeline has no CLIP text encoder.
+            UserError: the pipeline takes no texts, or belongs to no family.
         """
-        if not self._encoders:
-            raise UserError(f"{type(self.pipeline).__name__} has no CLIP text encoder, so prompts have no embeddings "
-                            "to find clusters in; divide them with by: package.module:function")  # fmt: skip
+        found = self._pooled(prompts) if self._encoders else self._mean_tokens(prompts)
+        return np.asarray(nn.functional.normalize(found).numpy())
+
+    def _pooled(self, prompts: Sequence[str]) -> Tensor:
         parts = []
         for tokenizer, encoder in self._encoders:
             tokens = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length,
@@ -101,7 +110,31 @@ class Embedder:
             # With a projection, the embedding that was trained against images; else the last token's hidden state.
             pooled = output["text_embeds"] if "text_embeds" in output else output["pooler_output"]
             parts.append(pooled.double().cpu())
-        return np.asarray(nn.functional.normalize(torch.cat(parts, dim=1)).numpy())
+        return torch.cat(parts, dim=1)
+
+    def _mean_tokens(self, prompts: Sequence[str]) -> Tensor:
+        if self._family is None:
+            raise UserError(f"{type(self.pipeline).__name__} has no text encoder that is known here, so there are no "
+                            "embeddings to find clusters in; divide with by: package.module:function")  # fmt: skip
+        condition = self._family.encode_prompts(prompts).tensors
+        tokens = condition["prompt_embeds"].float()
+        mask = condition.get("prompt_attention_mask", torch.ones(tokens.shape[:2])).to(tokens)
+        sums = torch.einsum("nlc,nl->nc", tokens, mask)
+        return (sums.double() / mask.double().sum(1, keepdim=True)).cpu()
+
+
+def _reading_family(pipeline: Any, folder: str | Path | None) -> ModelFamily | None:
+    """The family that encodes prompts as the pipeline's network gets them; None if it gets no prompts."""
+    from stepdistill.families import FAMILIES, family_class
+
+    name, encoder = type(pipeline).__name__, pipeline.components.get("text_encoder")
+    if encoder is None or name not in FAMILIES:
+        return None
+    reading = copy.copy(pipeline)  # which shares all parts with it, but for the encoder
+    if folder is not None and encoder.dtype != torch.float32:
+        exact = type(encoder).from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+        reading.register_modules(text_encoder=exact.to(encoder.device).eval())
+    return family_class(name)(reading, str(folder))
 
 
 class Partition(Protocol):

@@ -24,8 +24,8 @@ class Seen(NamedTuple):
 
     Attributes:
         timestep: where.
-        x0: the clean latents that its (guided) answer amounts to, (B, C, H, W); 2B rows, of which the second half
-            repeats the first, where a pipeline steps both halves of its guidance.
+        x0: the clean latents that its (guided) answer amounts to, (B, C, H, W), or FLUX's packed ones, (B, N, 4 C); 2B
+            rows, of which the second half repeats the first, where a pipeline steps both halves of its guidance.
         base: whether it is a call of the base model of hybrid sampling.
     """
 
@@ -105,6 +105,9 @@ class Stretch:
             self._watch(Seen(float(timestep), clean_prediction(self._inner, model_output, timestep, sample)))
         result = self._inner.step(model_output, timestep, sample, *args, **kwargs)
         self.latents = result[0]
+        if isinstance(result, tuple) and len(result) == 1:
+            # Of a single step, PixArt's pipeline takes the second that schedulers return: the clean prediction.
+            result = (*result, clean_prediction(self._inner, model_output, timestep, sample))
         return result
 
     def _enter(self, sample: Tensor, timestep: Any) -> Tensor:
@@ -121,20 +124,24 @@ def _in_place_of(method: Callable[..., Any], ours: Callable[..., Any]) -> Callab
 
 
 def clean_prediction(scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-    """What a network's answer amounts to as clean latents, (B, C, H, W): (x_t - sigma eps) / alpha if it says eps.
+    """What a network's answer amounts to as clean latents: (x_t - sigma eps) / alpha if it says eps.
 
     Args:
         scheduler: a stock one that has been told its timesteps.
-        model_output: the answer, (B, C, H, W).
+        model_output: the answer, (B, C, H, W), or packed, (B, N, 4 C).
         timestep: where the network was called.
-        sample: what the scheduler is stepping, (B, C, H, W), in the scheduler's own scale.
+        sample: what the scheduler is stepping, of the same shape, in the scheduler's own scale.
+
+    Returns:
+        Latents of the same shape.
 
     Raises:
         UserError: a scheduler whose noise levels are not known here.
     """
     flow = is_flow(scheduler)
     seen = sample if flow else scheduler.scale_model_input(sample, timestep)
-    alpha, sigma = (level.to(sample.device).reshape(1, 1, 1, 1) for level in levels(scheduler, float(timestep)))
+    ones = (1,) * sample.ndim
+    alpha, sigma = (level.to(sample.device).reshape(ones) for level in levels(scheduler, float(timestep)))
     # Slopes belong to the velocity alone.
     there = Levels(alpha, sigma, torch.zeros_like(alpha), torch.zeros_like(sigma))
     kind = "flow" if flow else str(scheduler.config.get("prediction_type", "epsilon"))

@@ -6,6 +6,7 @@ first step. Letters: B images, H height, W width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,11 +55,24 @@ def decoded(pipeline: Any, latents: Tensor) -> Tensor:
     """Scaled latents => images (B, 3, H, W) in [0, 1], float32 on the CPU, as stock pipelines decode them.
 
     Raises:
-        UserError: latents that are no pictures, such as Flux's packed ones.
+        UserError: latents that are no pictures, or FLUX's packed ones of pictures that are not square.
     """
     vae = pipeline.components.get("vae")
+    if vae is not None and latents.ndim == 3:
+        latents = _of_square(latents, int(vae.config.latent_channels))
     if latents.ndim != 4 or vae is None:
-        raise UserError(f"the latents of a {type(pipeline).__name__} cannot be decoded; leave out --trace")
+        raise UserError(f"the latents of a {type(pipeline).__name__} cannot be decoded; --trace knows latents that "
+                        "are pictures, and FLUX's packed ones of square images: leave it out")  # fmt: skip
     shift = vae.config.get("shift_factor") or 0.0
     images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
     return (images / 2 + 0.5).clamp(0, 1).float().cpu()
+
+
+def _of_square(tokens: Tensor, channels: int) -> Tensor:
+    """FLUX's packed latents (B, N, 4 C) of a square image => (B, C, H, W); others are returned as they are."""
+    from stepdistill.families.flux import PATCH, unpacked
+
+    side = math.isqrt(tokens.shape[1])
+    if side**2 != tokens.shape[1] or tokens.shape[2] != channels * PATCH**2:
+        return tokens
+    return unpacked(tokens, side, side)

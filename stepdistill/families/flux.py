@@ -18,6 +18,8 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights, Weights
 from stepdistill.errors import UserError
 from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
+from stepdistill.families.smaller import Plan, two_row_plan
+from stepdistill.network_shape import NetworkShape
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import FlowSchedule
 
@@ -129,6 +131,9 @@ class Flux(ModelFamily):
             txt_ids=tokens.new_zeros(tokens.shape[1], 3), img_ids=_places(height, width, tokens), return_dict=False,
         )[0]  # fmt: skip
         return unpacked(output, height, width)
+
+    def smaller(self, shape: NetworkShape) -> Plan:
+        return two_row_plan(self.network_config, shape)
 
     def guidance_options(self) -> dict[str, Any]:
         # A copy of FLUX.1-dev takes a scale as it is; FLUX.1-schnell lacks the layers, and the base class refuses.

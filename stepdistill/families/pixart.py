@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from stepdistill.condition import Condition
 from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
+from stepdistill.families.smaller import Plan, transformer_plan
+from stepdistill.network_shape import NetworkShape
 
 
 CONDITIONED_SIDE = 128  # latents of the network that is told the image's size, unless its file says otherwise
@@ -42,6 +44,11 @@ class PixArt(ModelFamily):
             timestep=model_time, added_cond_kwargs=self._size_of(x_t, tokens), return_dict=False,
         )[0]  # fmt: skip
         return output[:, : x_t.shape[1]]  # the second half is the learnt variance, of no use to few steps
+
+    def smaller(self, shape: NetworkShape) -> Plan:
+        # Embeddings of height, width and aspect ratio lie side by side, if there are any.
+        parts = 12 if self.told_size else 4
+        return transformer_plan(self.network_config, shape, widths=("cross_attention_dim",), parts=parts)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.condition import Condition
+from stepdistill.errors import UserError
 from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
+from stepdistill.families.smaller import Plan, transformer_plan
+from stepdistill.network_shape import NetworkShape
 
 
 class Sana(ModelFamily):
@@ -42,6 +45,15 @@ class Sana(ModelFamily):
             timestep=model_time * self.network_config.timestep_scale, return_dict=False,
         )[0]  # fmt: skip
         return output[:, : x_t.shape[1]]  # some configurations learn a variance beside the flow
+
+    def smaller(self, shape: NetworkShape) -> Plan:
+        widths = ("cross_attention_dim", "cross_attention_head_dim")
+        return transformer_plan(self.network_config, shape, widths=widths)
+
+    def guidance_options(self) -> dict[str, Any]:
+        # Its class of networks can (`guidance_embeds`); SanaSprintPipeline, of another schedule, is who says a scale.
+        raise UserError("SanaPipeline tells its network no guidance scale; only SanaSprintPipeline does, which is no "
+                        "family here. Set embed_guidance: false, which trains for one scale")  # fmt: skip
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:

@@ -100,38 +100,79 @@ def spread(have: int, keep: int) -> tuple[int, ...]:
 # ---- transformers --------------------------------------------------------------------------------------------------
 
 
-def transformer_plan(config: Any, shape: NetworkShape, *, widths: Sequence[str] = ()) -> Plan:
+def transformer_plan(config: Any, shape: NetworkShape, *, widths: Sequence[str] = (), parts: int = 4) -> Plan:
     """The plan of a transformer that is a row of equal blocks.
 
     Args:
         config: the teacher's configuration.
         shape: what is removed.
-        widths: names of options that must equal the width of the blocks.
+        widths: names of options that shrink as the blocks do.
+        parts: into how many equal ones the width of the blocks has to divide; the sines and cosines of positions in
+            two directions make four.
 
     Raises:
         UserError: the shape does not fit the teacher.
     """
-    blocks = [f"transformer_blocks.{i}" for i in range(config.num_layers)]
-    _check_names(shape.remove, blocks)
-    if shape.depth is not None:
-        raise UserError(f"{WHERE}.depth: only UNets have attention layers with layers of their own; remove blocks "
-                        "by layers, or by their names")  # fmt: skip
-    left = [i for i, name in enumerate(blocks) if name not in shape.remove]
-    keep = len(left) if shape.layers is None else shape.layers
-    if not isinstance(keep, int) or not 1 <= keep <= len(left):
-        raise UserError(f"{WHERE}.layers: {_listed(shape.layers)} of {len(left)} blocks cannot be kept; give one "
-                        f"number from 1 to {len(left)}")  # fmt: skip
-    kept = [left[i] for i in spread(len(left), keep)]
+    row = "transformer_blocks"
+    _check_names(shape.remove, [f"{row}.{i}" for i in range(config.num_layers)])
+    _check_no_depth(shape)
+    kept = _kept(row, config.num_layers, shape, shape.layers)
     share = _share(shape.channels)
     heads, dim = config.num_attention_heads, config.attention_head_dim
-    # The sines and cosines of positions in two directions make four equal parts of the width.
-    fits = [k for k in range(1, dim + 1) if heads * k % 4 == 0]
+    sizes = [getattr(config, name) for name in widths]
+    fits = [k for k in range(1, dim + 1) if heads * k % parts == 0 and all(size * k % dim == 0 for size in sizes)]
     _check_share(share, [(dim, fits)], "of each attention head")
     options: dict[str, Any] = {"num_layers": len(kept), "attention_head_dim": int(dim * share)}
     options |= {name: int(getattr(config, name) * share) for name in widths}
     if config.get("dual_attention_layers"):
         options["dual_attention_layers"] = [i for i, k in enumerate(kept) if k in config.dual_attention_layers]
-    return Plan(options, {blocks[i]: blocks[k] for i, k in enumerate(kept)}, share)
+    return Plan(options, _renumbered(row, kept), share)
+
+
+def two_row_plan(config: Any, shape: NetworkShape) -> Plan:
+    """The plan of FLUX's transformer: a row of blocks with two streams, then one of blocks with one.
+
+    Args:
+        config: the teacher's configuration.
+        shape: what is removed; never channels, whose rotation by their places is made for heads of one width.
+
+    Raises:
+        UserError: the shape does not fit the teacher.
+    """
+    rows = {"transformer_blocks": config.num_layers, "single_transformer_blocks": config.num_single_layers}
+    _check_names(shape.remove, [f"{row}.{i}" for row, count in rows.items() for i in range(count)])
+    _check_no_depth(shape)
+    if shape.channels != 1:
+        raise UserError(f"{WHERE}.channels: the heads of FLUX are rotated by the places of tokens and cannot be made "
+                        "narrower; remove blocks by layers, or by their names")  # fmt: skip
+    wanted = (None, None) if shape.layers is None else shape.layers
+    if isinstance(wanted, int) or len(wanted) != len(rows):
+        raise UserError(f"{WHERE}.layers: FLUX has {config.num_layers} blocks of two streams and "
+                        f"{config.num_single_layers} of one; give how many of each are kept, two numbers")  # fmt: skip
+    kept = [_kept(row, count, shape, keep) for (row, count), keep in zip(rows.items(), wanted, strict=True)]
+    options = {"num_layers": len(kept[0]), "num_single_layers": len(kept[1])}
+    sources = {new: old for row, left in zip(rows, kept, strict=True) for new, old in _renumbered(row, left).items()}
+    return Plan(options, sources)
+
+
+def _kept(row: str, count: int, shape: NetworkShape, keep: int | tuple[int, ...] | None) -> list[int]:
+    """Numbers of the blocks of a row that are kept; None: all that are not removed by name."""
+    left = [i for i in range(count) if f"{row}.{i}" not in shape.remove]
+    wanted = len(left) if keep is None else keep
+    if not isinstance(wanted, int) or not 1 <= wanted <= len(left):
+        raise UserError(f"{WHERE}.layers: {_listed(keep)} of {len(left)} blocks cannot be kept; give one "
+                        f"number from 1 to {len(left)}")  # fmt: skip
+    return [left[i] for i in spread(len(left), wanted)]
+
+
+def _renumbered(row: str, kept: Sequence[int]) -> dict[str, str]:
+    return {f"{row}.{i}": f"{row}.{k}" for i, k in enumerate(kept)}
+
+
+def _check_no_depth(shape: NetworkShape) -> None:
+    if shape.depth is not None:
+        raise UserError(f"{WHERE}.depth: only UNets have attention layers with layers of their own; remove blocks "
+                        "by layers, or by their names")  # fmt: skip
 
 
 # ---- UNets ---------------------------------------------------------------------------------------------------------

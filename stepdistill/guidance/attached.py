@@ -93,7 +93,7 @@ class AttachedAdapter:
         inputs = self._wiring.inputs(self.network, args, kwargs)
         self.adapter.to(inputs.embeddings[0].device)  # pipelines move, and do not know of it
         scale = self._scale(inputs.rows)
-        self._told = self.adapter.tell(scale, inputs.embeddings, inputs.tokens)
+        self._told = self.adapter.tell(scale, inputs.embeddings, inputs.tokens, inputs.mask)
 
     def act(self, site: int, x: Tensor, output: Any) -> Any:
         """What an attention layer returns instead of its own output; x is what it was given, (B, N, C)."""

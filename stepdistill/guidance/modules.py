@@ -69,10 +69,12 @@ class Told:
     Attributes:
         wanted: tokens (B, L, h) for the form attention, one vector (B, h) for the form offset.
         strength: factor of what is added, (B, 1, 1); None: 1.
+        kept: which of the tokens are no padding, (B, 1, L); None: all.
     """
 
     wanted: Tensor
     strength: Tensor | None
+    kept: Tensor | None = None
 
 
 class ScaleEmbedding(nn.Module):
@@ -110,9 +112,10 @@ class AttentionSite(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.out = _silent(nn.Linear(width, channels))
 
-    def forward(self, x: Tensor, wanted: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Told) -> Tensor:
         # One head; softmax(q k^T / sqrt(h)) v.
-        added: Tensor = self.out(scaled_dot_product_attention(self.query(x), self.key(wanted), self.value(wanted)))
+        key, value = self.key(told.wanted), self.value(told.wanted)
+        added: Tensor = self.out(scaled_dot_product_attention(self.query(x), key, value, attn_mask=told.kept))
         return added
 
 
@@ -125,8 +128,8 @@ class OffsetSite(nn.Module):
             nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width), _silent(nn.Linear(width, channels))
         )
 
-    def forward(self, x: Tensor, wanted: Tensor) -> Tensor:
-        added: Tensor = self.layers(wanted)[:, None]
+    def forward(self, x: Tensor, told: Told) -> Tensor:
+        added: Tensor = self.layers(told.wanted)[:, None]
         return added
 
 
@@ -151,13 +154,16 @@ class GuidanceAdapter(nn.Module):
         site = AttentionSite if settings.form == "attention" else OffsetSite
         self.sites = nn.ModuleList(site(channels, width) for _, channels in shape.sites)
 
-    def tell(self, scale: Tensor, embeddings: Sequence[Tensor], tokens: Tensor | None) -> Told:
+    def tell(
+        self, scale: Tensor, embeddings: Sequence[Tensor], tokens: Tensor | None, mask: Tensor | None = None
+    ) -> Told:
         """What one network call is to be like => what every site is told.
 
         Args:
             scale: standard guidance scales, (B,).
             embeddings: of time, and of a class where there is one, (B, D) each.
             tokens: of the prompt, (B, L, D), or None.
+            mask: 1 for a token and 0 for padding, (B, L); None: there is no padding.
         """
         own = self.scale.phases
         parts = [self.scale(scale)]
@@ -166,11 +172,13 @@ class GuidanceAdapter(nn.Module):
         strength = (scale - 1).to(own)[:, None, None] if self.settings.proportional else None
         if self.settings.form == "offset":
             wanted = torch.stack(parts).sum(0)
-            return Told(wanted if prompt is None else wanted + prompt.mean(1), strength)
-        wanted = torch.stack(parts, dim=1)
+            return Told(wanted if prompt is None else wanted + _mean(prompt, mask), strength)
+        wanted, kept = torch.stack(parts, dim=1), None
         if prompt is not None:
             wanted = torch.cat([wanted, prompt], dim=1)
-        return Told(wanted + positions(wanted.shape[1], wanted.shape[2]).to(wanted), strength)
+            if mask is not None:
+                kept = torch.cat([mask.new_ones(len(mask), len(parts)), mask], dim=1).bool()[:, None]
+        return Told(wanted + positions(wanted.shape[1], wanted.shape[2]).to(wanted), strength, kept)
 
     def added(self, site: int, x: Tensor, told: Told) -> Tensor:
         """What is added to the output of an attention layer, in the precision of its input.
@@ -180,8 +188,16 @@ class GuidanceAdapter(nn.Module):
             x: what the layer was given, (B, N, C).
             told: of this network call.
         """
-        found: Tensor = self.sites[site](x.to(self.scale.phases), told.wanted)
+        found: Tensor = self.sites[site](x.to(self.scale.phases), told)
         return (found if told.strength is None else told.strength * found).to(x.dtype)
+
+
+def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, h), (B, L) => the mean of the tokens that are no padding, (B, h)."""
+    if mask is None:
+        return tokens.mean(1)
+    share = mask.to(tokens) / mask.to(tokens).sum(1, keepdim=True)
+    return torch.einsum("blh,bl->bh", tokens, share)
 
 
 def positions(count: int, width: int) -> Tensor:

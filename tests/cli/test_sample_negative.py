@@ -66,3 +66,11 @@ def test_pictures_have_the_size_that_is_asked_for(
     assert Image.open(capsys.readouterr().out.strip()).size == (40, 24)
     assert sample(monkeypatch, *words, 41) == 2
     assert "width is 41" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_that_flux_would_not_hear_is_refused(
+    flux_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--guidance-scale", 3, "--negative-prompt", "red", "--output", tmp_path / "out")
+    assert sample(monkeypatch, flux_folder, "a", *words) == 2
+    assert "a negative prompt does nothing to FLUX" in capsys.readouterr().err

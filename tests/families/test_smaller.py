@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -10,13 +11,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from stepdistill.adapters import LoraSettings
 from stepdistill.cast import Cast
+from stepdistill.denoiser import OwnWeights
 from stepdistill.errors import UserError
+from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
-from stepdistill.families.smaller import Plan, spread, transformer_plan, unet_plan
+from stepdistill.families.pixart import PixArt
+from stepdistill.families.smaller import Plan, spread, transformer_plan, two_row_plan, unet_plan
+from stepdistill.families.tiny_flux import tiny_flux
+from stepdistill.families.tiny_pixart import tiny_pixart
 from stepdistill.network_shape import NetworkShape
 from stepdistill.objectives.base import Frozen, Recorded, Trained
 from stepdistill.objectives.denoising import Denoising
@@ -174,9 +181,9 @@ def test_a_narrower_network_has_every_weight_from_the_channels_that_it_keeps() -
     assert said(network).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["sd", "dit", "sd3"])
+@pytest.mark.parametrize("name", ["sd", "dit", "sd3", "pixart", "sana"])
 def test_the_family_makes_a_narrower_network_of_the_stock_class(name: str, request: pytest.FixtureRequest) -> None:
-    family: ModelFamily = request.getfixturevalue(name)
+    family = load_family(request.getfixturevalue(f"{name}_folder"))
     shape = NetworkShape(channels=0.5, layers=1)
     network = family.plain_network(shape=shape)
     assert type(network) is type(family.network())
@@ -184,6 +191,74 @@ def test_the_family_makes_a_narrower_network_of_the_stock_class(name: str, reque
     whole, own = cost_of(family, family.network()), cost_of(family, network)
     assert own.parameters < 0.6 * whole.parameters
     assert 0 < own.flops < 0.6 * whole.flops
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_every_weight_of_a_narrower_transformer_with_cross_attention_is_the_teachers(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    family, shape = load_family(request.getfixturevalue(f"{name}_folder")), NetworkShape(channels=0.5)
+    network: Any = family.plain_network(shape=shape)
+    assert family.plan(shape).fill(network, family.network().state_dict()) == sum(
+        p.numel() for p in network.parameters()
+    )
+    own, old = (n.get_parameter("transformer_blocks.1.attn2.to_k.weight") for n in (network, family.network()))
+    assert torch.equal(own, old[::2, ::2])
+    x, null = torch.randn(1, *family.latent_shape()), family.null_condition(1)
+    with torch.no_grad():
+        said = family.denoiser(OwnWeights(network))(x, torch.full((1,), 0.5, dtype=torch.float64), null).native
+    assert said.shape == x.shape
+    assert said.isfinite().all()
+
+
+def test_a_network_that_is_told_the_size_of_its_images_keeps_a_width_of_thirds() -> None:
+    family = PixArt(tiny_pixart(128, 1), "tiny:pixart")
+    network = family.plain_network(shape=NetworkShape(channels=0.5))  # 12 of 24 channels
+    assert family.plan(NetworkShape(channels=0.5)).fill(network, family.network().state_dict()) == sum(
+        p.numel() for p in network.parameters()
+    )
+    wide = dict(family.network_config) | {"num_attention_heads": 4, "attention_head_dim": 9, "cross_attention_dim": 36}
+    with pytest.raises(UserError, match=r"these shares do: 0\.333333, 0\.666667, 1$"):
+        transformer_plan(FrozenDict(wide), NetworkShape(channels=2 / 9), widths=("cross_attention_dim",), parts=12)
+
+
+def test_blocks_of_flux_that_do_nothing_can_be_removed_from_both_rows(flux_folder: str) -> None:
+    family = load_family(flux_folder)
+    family.at_size(16)
+    teacher: Any = family.network()
+    teacher.single_transformer_blocks.append(copy.deepcopy(teacher.single_transformer_blocks[0]))
+    teacher.register_to_config(num_single_layers=2)
+    with torch.no_grad():  # the gates of a block come from here: without them it adds nothing
+        for layer in ("transformer_blocks.1.norm1", "transformer_blocks.1.norm1_context",
+                      "single_transformer_blocks.0.norm"):  # fmt: skip
+            for parameter in teacher.get_submodule(layer).linear.parameters():
+                parameter.zero_()
+    shape = NetworkShape(layers=(1, 1), remove=("single_transformer_blocks.0",))
+    network: Any = family.plain_network(shape=shape)
+    filled = family.plan(shape).fill(network, teacher.state_dict())
+    assert filled == sum(p.numel() for p in network.parameters())
+    assert (len(network.transformer_blocks), len(network.single_transformer_blocks)) == (1, 1)
+    x, t = torch.randn(1, *family.latent_shape()), torch.full((1,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        said = [family.denoiser(OwnWeights(n))(x, t, family.null_condition(1)).native for n in (network, teacher)]
+    torch.testing.assert_close(said[0], said[1], rtol=0, atol=0)
+    own, whole = cost_of(family, network), cost_of(family, teacher)
+    assert own.parameters < 0.7 * whole.parameters
+    assert 0 < own.flops < 0.7 * whole.flops
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        (NetworkShape(layers=1), r"layers: FLUX has 2 blocks of two streams and 1 of one; .* two numbers"),
+        (NetworkShape(layers=(3, 1)), r"layers: 3 of 2 blocks cannot be kept"),
+        (NetworkShape(channels=0.5), r"channels: the heads of FLUX are rotated"),
+        (NetworkShape(remove=("single_transformer_blocks.1",)), r"remove: 'single_transformer_blocks\.1' is no part"),
+    ],
+)
+def test_shapes_that_flux_cannot_have_are_refused_with_a_remedy(shape: NetworkShape, text: str) -> None:
+    with pytest.raises(UserError, match=rf"student\.shape\.{text}"):
+        two_row_plan(tiny_flux().transformer.config, shape)
 
 
 def test_the_last_of_the_joint_blocks_stays_the_last(sd3: ModelFamily) -> None:

@@ -25,14 +25,14 @@ from torch import Tensor
 from stepdistill import cli
 from stepdistill.errors import UserError
 from stepdistill.export.pipeline import export_pipeline
-from stepdistill.export.schedulers import family_scheduler
+from stepdistill.export.schedulers import family_scheduler, told_timesteps
 from stepdistill.families.base import ModelFamily
 from stepdistill.hybrid import HybridPipeline, watched
 from stepdistill.objectives.base import InferenceSpec
 from stepdistill.sampling import Sampler
 from stepdistill.stretch import Stretch, clean_prediction
 from stepdistill.times import trailing
-from stepdistill.trace import Trace
+from stepdistill.trace import Trace, decoded
 from tests.families.test_export import BETAS, noise_levels, student_of
 from tests.families.test_hybrid import FOUR, PROMPTS, family_of, images, pipeline_of
 
@@ -97,23 +97,34 @@ def test_a_scheduler_without_a_table_of_levels_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "sampler", "eta"),
     [("sd", "stochastic", 0.0), ("sd", "deterministic", 0.0), ("sd", "tcd", 0.0), ("dit", "stochastic", 0.0),
-     ("dit", "tcd", 0.3), ("sd3", "stochastic", 0.0), ("sd3", "deterministic", 0.0)],
+     ("dit", "tcd", 0.3), ("sd3", "stochastic", 0.0), ("sd3", "deterministic", 0.0), ("pixart", "stochastic", 0.0),
+     ("sana", "stochastic", 0.0), ("flux", "stochastic", 0.0), ("flux", "deterministic", 0.0)],
 )  # fmt: skip
 def test_watching_changes_nothing_and_the_last_prediction_is_the_image(
     name: str, sampler: Sampler, eta: float, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(f"{name}_folder")
     family, student = family_of(folder), pipeline_of(folder)
-    student.scheduler = family_scheduler(family, InferenceSpec(trailing(family.schedule, 4), sampler, eta=eta))
+    spec = InferenceSpec(trailing(family.schedule, 4), sampler, eta=eta)
+    student.scheduler = family_scheduler(family, spec)
     seen = Trace()
-    plain = images(student, PROMPTS[name], num_inference_steps=4)
-    assert torch.equal(images(watched(student, seen), PROMPTS[name], num_inference_steps=4), plain)
-    student.scheduler.set_timesteps(4)
-    assert [call.timestep for call in seen.calls] == student.scheduler.timesteps.tolist()
+    # Unless it is told a size, Sana's pipeline enlarges its images.
+    options = {"num_inference_steps": 4, **({"height": 512, "width": 512} if name == "sana" else {})}
+    plain = images(student, PROMPTS[name], **options)
+    assert torch.equal(images(watched(student, seen), PROMPTS[name], **options), plain)
+    told = told_timesteps(student.scheduler, spec, even=family.even_sigmas)
+    assert [call.timestep for call in seen.calls] == told
     steps = seen.images(student, 2)
     torch.testing.assert_close(steps[-1].permute(0, 2, 3, 1), plain, rtol=0, atol=2e-4)
     for first, second in pairwise(steps):
         assert (first - second).abs().max() > 1e-3, "every step says something else"
+
+
+def test_packed_latents_of_no_square_are_refused(flux_folder: str) -> None:
+    pipeline = pipeline_of(flux_folder)
+    assert decoded(pipeline, torch.randn(1, 9, 16)).shape == (1, 3, 12, 12)
+    with pytest.raises(UserError, match="FLUX's packed ones of square images: leave it out"):
+        decoded(pipeline, torch.randn(1, 8, 16))
 
 
 @pytest.mark.parametrize("name", ["sd", "dit"])

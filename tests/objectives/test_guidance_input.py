@@ -121,6 +121,11 @@ def test_a_network_that_cannot_have_the_input_is_refused(name: str, request: pyt
         Cast(request.getfixturevalue(name), ROLES)
 
 
+def test_sana_says_which_pipeline_would_be_needed(sana_folder: str) -> None:
+    with pytest.raises(UserError, match=r"only SanaSprintPipeline does.*embed_guidance: false"):
+        Cast(load_family(sana_folder), ROLES)
+
+
 def recipe_of(teacher: str, output: Path, **objective: Any) -> Recipe:
     """Three iterations of LCM on images from a folder."""
     images = output.parent / "images"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
@@ -20,6 +22,7 @@ from diffusers.models.attention_processor import (
     JointAttnProcessor2_0,
 )
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -27,11 +30,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from stepdistill.attention import NAG, NASA, Negative, Steering, encode_negative, steer, steered
-from stepdistill.attention_processors import CrossAttention, JointAttention, SanaAttention
+from stepdistill.attention_processors import CrossAttention, FluxJointAttention, JointAttention, SanaAttention
 from stepdistill.cast import Cast
 from stepdistill.condition import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import ModelFamily
+from stepdistill.families.tiny_flux import tiny_flux
 from stepdistill.objectives.base import Frozen, Trained
 from tests.families.test_export import BETAS, tiny_vae
 from tests.tiny import LORA, scramble
@@ -211,6 +215,41 @@ def test_joint_attention_mixes_the_image_tokens_and_keeps_both_texts_apart(last:
     torch.testing.assert_close(texts, torch.cat([text_out, negative_out], 1))
 
 
+def turned(places: list[int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of tokens at these places, as FLUX's network makes them."""
+    angles = torch.tensor(places)[:, None] * torch.tensor([1.0, 1.0, 0.3, 0.3])
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@torch.no_grad()
+def test_flux_mixes_the_image_tokens_and_keeps_both_texts_apart_in_one_stream_and_in_two(streams: int) -> None:
+    torch.manual_seed(2)
+    text_width = DIM if streams == 2 else None
+    layer: Any = FluxAttention(DIM, 2, 4, bias=True, added_kv_proj_dim=text_width, pre_only=streams == 1, out_dim=DIM)
+    if streams == 2:
+        transparent(layer)
+    image, text, negative = drawn(2, IMAGE, DIM), drawn(2, TEXT, DIM, seed=1), drawn(2, NEGATIVE, DIM, seed=2)
+
+    def asked(words: Tensor) -> tuple[Tensor, Tensor]:
+        rotation = turned([0] * words.shape[1] + [*range(1, 1 + IMAGE)])
+        if streams == 2:
+            return layer(image, encoder_hidden_states=words, image_rotary_emb=rotation)
+        both = layer(torch.cat([words, image], 1), image_rotary_emb=rotation)
+        return both[:, words.shape[1] :], both[:, : words.shape[1]]
+
+    towards, text_out = asked(text)
+    away, negative_out = asked(negative)
+    rule = NAG(2.0)
+    processor = FluxJointAttention(rule, NEGATIVE)
+    processor.texts = TEXT + NEGATIVE
+    layer.set_processor(processor)
+    mixed, texts = asked(torch.cat([text, negative], 1))
+    torch.testing.assert_close(mixed, rule.mix(towards, away))
+    torch.testing.assert_close(texts, torch.cat([text_out, negative_out], 1))
+    assert (mixed - towards).abs().max() > 1e-3
+
+
 # ---- networks ----------------------------------------------------------------------------------------------------
 
 
@@ -376,12 +415,51 @@ def tiny_pixart() -> PixArtAlphaPipeline:
 
 
 def draw(pipeline: Any, prompts: list[str]) -> Tensor:
-    options = {} if "Pix" not in type(pipeline).__name__ else {"clean_caption": False, "use_resolution_binning": False}
+    name = type(pipeline).__name__
+    options: dict[str, Any] = {"clean_caption": False, "use_resolution_binning": False} if "Pix" in name else {}
+    if name == "FluxPipeline":
+        options = {"height": 16, "width": 16}
     images: Tensor = pipeline(
         prompts, num_inference_steps=1, guidance_scale=1.0, output_type="latent",
         generator=torch.Generator().manual_seed(0), **options,
     ).images  # fmt: skip
     return images
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "pixart_sigma", "sana", "flux"])
+def test_nag_steers_every_stock_pipeline_to_its_end_and_nasa_those_with_cross_attention(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(request.getfixturevalue(f"{kind}_folder"))
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, network = ["red", "a ring"], pipeline.components.get("unet") or pipeline.components["transformer"]
+    calls: list[int] = []
+    network.register_forward_hook(lambda module, args, output: calls.append(1))
+    plain = draw(pipeline, prompts)
+    rules = [NAG(4.0)] if kind in ("sd3", "flux") else [NAG(4.0), NASA(0.5)]
+    for rule in rules:
+        with steer(pipeline, "blue", rule):
+            assert (draw(pipeline, prompts) - plain).abs().max() > 1e-4, rule
+        with steer(pipeline, "blue", replace(rule, **{"phi" if rule.joint else "alpha": 0.0})):
+            torch.testing.assert_close(draw(pipeline, prompts), plain, rtol=0, atol=1e-5)
+    assert torch.equal(draw(pipeline, prompts), plain)
+    assert len(calls) == 2 + 2 * len(rules), "one call each"
+    with steer(pipeline, ["blue", "ring"], NAG(4.0)):
+        own = draw(pipeline, prompts)
+    with steer(pipeline, "blue", NAG(4.0)):
+        shared = draw(pipeline, prompts)
+    torch.testing.assert_close(own[0], shared[0], rtol=1e-4, atol=1e-5)
+    assert (own[1] - shared[1]).abs().max() > 1e-5
+    if kind in ("sd3", "flux"):
+        with pytest.raises(UserError, match="joint attention; use NAG"):
+            steer(pipeline, "blue", NASA(0.5))
+
+
+def test_fused_projections_of_flux_are_refused() -> None:
+    pipeline = tiny_flux()
+    pipeline.transformer.fuse_qkv_projections()
+    with pytest.raises(UserError, match=r"cannot be steered; only .*FluxAttnProcessor"):
+        steer(pipeline, "blue", NAG(2.0))
 
 
 @pytest.mark.parametrize("kind", ["sd", "pixart"])

@@ -21,25 +21,29 @@ from stepdistill.condition import Condition
 from stepdistill.data.cache import weights_fingerprint
 from stepdistill.errors import UserError
 from stepdistill.export.lora import export_lora
+from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
+from stepdistill.families.tiny_pixart import tiny_pixart
 from stepdistill.guidance import ADAPTER_FILE
 from stepdistill.guidance.attached import AttachedAdapter
 from stepdistill.guidance.files import build_adapter, save_adapter
-from stepdistill.guidance.modules import AdapterSettings, Form
+from stepdistill.guidance.modules import AdapterSettings, AttentionShape, Form, GuidanceAdapter
+from stepdistill.guidance.wiring import wiring_of
 from stepdistill.objectives.agd import AGD
 from stepdistill.objectives.base import Frozen, Recorded, Trained
 from stepdistill.recipe import Recipe, build_objective
 from tests.tiny import LORA, scramble
 
 
-FAMILIES = ("sd", "dit", "sd3")
+FAMILIES = ("sd", "dit", "sd3", "pixart", "sana", "flux")
 FORMS: tuple[Form, ...] = ("attention", "offset")
 SMALL = AdapterSettings(width=8)
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> ModelFamily:
-    loaded: ModelFamily = request.getfixturevalue(request.param)
+    loaded = load_family(request.getfixturevalue(f"{request.param}_folder"))
+    loaded.at_size(16 if request.param == "flux" else None)
     return loaded
 
 
@@ -53,9 +57,13 @@ def attached(family: ModelFamily, settings: AdapterSettings = SMALL, scale: floa
 @torch.no_grad()
 def said(family: ModelFamily, prompts: tuple[str, str] = ("3", "7"), t: float = 0.4, rows: int = 2) -> Tensor:
     """The network's output, on the same noise."""
-    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))[:rows]
+    x_t = noise_of(family)[:rows]
     condition = encoded(family, prompts)[torch.arange(rows)]
     return family.denoiser()(x_t, torch.full((rows,), t, dtype=torch.float64), condition).native
+
+
+def noise_of(family: ModelFamily) -> Tensor:
+    return torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(3))
 
 
 def encoded(family: ModelFamily, prompts: tuple[str, ...]) -> Condition:
@@ -66,6 +74,8 @@ def encoded(family: ModelFamily, prompts: tuple[str, ...]) -> Condition:
 def image(pipeline: Any, prompt: Any = "red", **options: Any) -> Tensor:
     """What a stock pipeline makes in two steps, (1, H, W, 3)."""
     torch.manual_seed(0)
+    if type(pipeline).__name__ == "FluxPipeline":
+        options = {"height": 16, "width": 16, **options}
     made = pipeline(prompt, num_inference_steps=2, guidance_scale=1, output_type="np",
                     generator=torch.Generator().manual_seed(0), **options)  # fmt: skip
     return torch.from_numpy(made.images)
@@ -106,6 +116,49 @@ def test_a_trained_adapter_listens_to_scale_time_and_prompt(family: ModelFamily,
     assert (first(t=0.8) - here).abs().max() > 1e-4, "the time"
     adapter.guidance = 6.0
     assert (first() - here).abs().max() > 1e-4, "the scale"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_of_the_prompt_is_not_heard(form: Form) -> None:
+    torch.manual_seed(0)
+    adapter = GuidanceAdapter(AdapterSettings(form, 8), AttentionShape((("attn2", 6),), (5,), 4))
+    scramble(dict(adapter.sites.named_parameters()), seed=2)
+    tokens, x, mask = torch.randn(2, 7, 4), torch.randn(2, 3, 6), torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0]])
+    other = torch.where(mask.bool()[..., None], tokens, 9.0)
+
+    def added(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        told = adapter.tell(torch.tensor([2.0, 2.0]), [torch.ones(2, 5)], tokens, mask)
+        return adapter.added(0, x, told).detach()
+
+    heard = added(tokens, mask)
+    torch.testing.assert_close(added(other, mask), heard, rtol=0, atol=0)
+    torch.testing.assert_close(heard[:1], added(tokens, None)[:1], msg="a row without padding")
+    assert (heard[1] - added(tokens, None)[1]).abs().max() > 1e-4
+    if form == "offset":  # which knows no places
+        torch.testing.assert_close(heard[1:], added(tokens[:, :3], None)[1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana", "flux"])
+def test_it_stands_beside_every_attention_that_it_should(name: str, request: pytest.FixtureRequest) -> None:
+    network = load_family(request.getfixturevalue(f"{name}_folder")).network()
+    sites = [site for site, _ in wiring_of(network).shape(network).sites]
+    blocks = ["transformer_blocks.0", "transformer_blocks.1"]
+    if name == "flux":
+        assert sites == [f"{block}.attn" for block in (*blocks, "single_transformer_blocks.0")]
+    else:
+        assert sites == [f"{block}.attn2" for block in blocks]
+
+
+def test_a_network_that_is_told_the_size_of_its_images_tells_the_adapter() -> None:
+    network = tiny_pixart(128, 1).transformer
+    call = {"hidden_states": torch.zeros(1, 4, 16, 16), "timestep": torch.tensor([10]),
+            "encoder_hidden_states": torch.zeros(1, 3, 24)}  # fmt: skip
+    told = [{"resolution": torch.tensor([[side, 64.0]]), "aspect_ratio": torch.ones(1, 1)} for side in (64.0, 32.0)]
+    first, second = (
+        wiring_of(network).inputs(network, (), {**call, "added_cond_kwargs": size}).embeddings[0] for size in told
+    )
+    assert first.shape == (1, 24)
+    assert (first - second).abs().max() > 1e-4
 
 
 def test_taken_off_it_leaves_no_trace(family: ModelFamily) -> None:
@@ -278,7 +331,7 @@ def cast_of(family: ModelFamily, **options: Any) -> Cast:
 
 
 def asked(cast: Cast, role: str, scale: float | Tensor | None = None) -> Tensor:
-    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    x_t = noise_of(cast.family)
     condition = encoded(cast.family, ("3", "7"))
     told = condition if scale is None else condition.with_guidance(scale)
     return cast.denoiser(role)(x_t, torch.tensor([0.3, 0.9], dtype=torch.float64), told).native

@@ -213,6 +213,45 @@ def test_features_are_the_pooled_text_embeddings_at_unit_length(family: str, req
     assert (found[0] - found[1]).abs().max() > 0.01
 
 
+@pytest.fixture(params=["pixart", "sana"])
+def tokens_only(request: pytest.FixtureRequest) -> ModelFamily:
+    """A teacher that reads prompts by T5 or Gemma and has no CLIP."""
+    from stepdistill.families import load_family
+
+    return load_family(request.getfixturevalue(f"{request.param}_folder"))
+
+
+def test_without_clip_features_are_the_mean_of_the_tokens_that_are_no_padding(tokens_only: ModelFamily) -> None:
+    texts = ["red", "a blue ring"]
+    condition = tokens_only.encode_prompts(texts).tensors
+    means = []
+    for tokens, mask in zip(condition["prompt_embeds"], condition["prompt_attention_mask"], strict=True):
+        assert 0 < int(mask.sum()) < len(mask), "some are padding"
+        means.append(tokens[mask.bool()].double().mean(0))
+    expected = torch.stack([mean / mean.norm() for mean in means])
+    found = torch.from_numpy(Embedder(tokens_only.pipeline).features(texts))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_without_clip_a_prompt_has_one_student_in_any_batch_and_any_precision(
+    tokens_only: ModelFamily, tmp_path: Path
+) -> None:
+    seen, unseen = ["red", "blue", "green", "a ring", "a cube", "two stars"], ["a green cube", "red ring", "star"]
+    embedder = Embedder(tokens_only.pipeline)
+    partition = fit_clusters(embedder.features(seen), 3, seed=0)
+    assert sorted(partition.parts(seen, embedder)) == [0, 0, 1, 1, 2, 2]
+    together = partition.parts([*unseen, *seen], embedder)
+    assert together == [partition.parts([prompt], embedder)[0] for prompt in [*unseen, *seen]]
+    save_partition(partition, tmp_path)
+    pipeline = tokens_only.pipeline
+    pipeline.text_encoder.to(torch.bfloat16)
+    exact = Embedder(pipeline, tokens_only.path)
+    assert Router(load_partition(tmp_path), exact)([*unseen, *seen]) == together
+    assert np.abs(exact.features(unseen) - embedder.features(unseen)).max() > 1e-4, "else nothing was to be moved"
+    assert pipeline.text_encoder.dtype == torch.bfloat16, "the pipeline keeps its own"
+
+
 def test_prompts_are_divided_in_float32_whatever_the_pipeline_computes_in(sd: ModelFamily) -> None:
     exact = Embedder(sd.pipeline).features(PROMPTS)
     sd.pipeline.to(torch.float16)
@@ -222,7 +261,7 @@ def test_prompts_are_divided_in_float32_whatever_the_pipeline_computes_in(sd: Mo
 def test_classes_are_not_texts_and_texts_are_not_classes(sd: ModelFamily, dit: ModelFamily) -> None:
     with pytest.raises(UserError, match="StableDiffusionPipeline has no classes"):
         _ = Embedder(sd.pipeline).classes
-    with pytest.raises(UserError, match="DiTPipeline has no CLIP text encoder"):
+    with pytest.raises(UserError, match="DiTPipeline has no text encoder that is known"):
         Embedder(dit.pipeline).features(["1"])
     assert Embedder(dit.pipeline).classes == 1000
     assert ByClass.consecutive(1000, 4).parts(["3", "ring", "999"], Embedder(dit.pipeline)) == [0, 0, 3]
