@@ -3,9 +3,10 @@
     python benchmarks/render_tables.py            # rewrites the tables
     python benchmarks/render_tables.py --check    # exits 1 if one is stale, for continuous integration
 
-A table stands between `<!-- results:NAME -->` and `<!-- /results -->` and shows the
-rows of benchmarks/results/NAME.json, without the details that would not fit a page: `stepdistill compare` and the file
-itself have them.
+A table stands between `<!-- results:NAME -->` and `<!-- /results -->` and shows the rows of
+benchmarks/results/NAME.json, without the details that would not fit a page: `stepdistill compare` and the file itself
+have them. With
+`<!-- results:NAME rows:A,B -->` it shows the rows of models A and B alone, also of those called "A, 4 steps".
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from stepdistill.bench.report import markdown_table
 
 
 ROOT = Path(__file__).resolve().parents[1]
-START = re.compile(r"<!-- results:(?P<name>[\w.-]+) -->\n")
+START = re.compile(r"<!-- results:(?P<name>[\w.-]+)(?: rows:(?P<rows>[\w,.-]+))? -->\n")
 END = "<!-- /results -->"
 DETAILS = {"rounds", "times", "intervals", "latency_ms", "images_per_second", "parameters"}
 
@@ -36,11 +38,23 @@ def rendered(text: str, results: Path, *, source: str) -> str:
         path = results / f"{start['name']}.json"
         if not path.is_file():
             raise SystemExit(f"{source}: there is no {path.name} in {results}; run the benchmark, or mend the marker")
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = chosen(json.loads(path.read_text(encoding="utf-8"))["rows"], start["rows"], f"{source}: {path.name}")
         shown = [{key: value for key, value in row.items() if key not in DETAILS} for row in rows]
         parts += [text[position : start.end()], markdown_table(shown), "\n"]
         position = end
     return "".join([*parts, text[position:]])
+
+
+def chosen(rows: Sequence[dict[str, Any]], names: str | None, where: str) -> list[dict[str, Any]]:
+    """The rows of these models, in the order of the file; all where no names are given."""
+    if names is None:
+        return list(rows)
+    wanted = names.split(",")
+    called = {name: [row for row in rows if row["model"].split(", ")[0] == name] for name in wanted}
+    missing = [name for name, found in called.items() if not found]
+    if missing:
+        raise SystemExit(f"{where} has no row of {', '.join(missing)}; mend the marker")
+    return [row for row in rows if any(row in found for found in called.values())]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -174,3 +174,19 @@ def test_model_paths_and_hub_ids_are_taken_as_they_are(tmp_path: Path) -> None:
     assert assets.resolve_model_path("owner/some-model_v1.5") == "owner/some-model_v1.5"
     with pytest.raises(UserError, match="no such file or folder"):
         assets.resolve_model_path("./no/such/folder")
+
+
+def test_a_marker_can_choose_models_of_a_table(tmp_path: Path, render_tables: ModuleType) -> None:
+    names = ["teacher, 25 steps", "vsd", "vsd_lora", "sid, 4 steps"]
+    rows = [{"model": name, "nfe": n} for n, name in enumerate(names)]
+    (tmp_path / "all.json").write_text(json.dumps({"rows": rows}))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results:all rows:sid,teacher,vsd -->\n<!-- /results -->\n")
+    arguments = ["--results", str(tmp_path), str(page)]
+    assert render_tables.main(arguments) == 0
+    shown = [line.split(" | ")[0] for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert shown[2:] == ["| teacher, 25 steps", "| vsd", "| sid, 4 steps"]
+    assert render_tables.main([*arguments, "--check"]) == 0
+    page.write_text("<!-- results:all rows:lcm -->\n<!-- /results -->\n")
+    with pytest.raises(SystemExit, match=r"all\.json has no row of lcm"):
+        render_tables.main(arguments)
