@@ -88,7 +88,7 @@ def real_images(folder: Path, seed: int = 0) -> Path:
 
 
 def small_standard(monkeypatch: pytest.MonkeyPatch) -> None:
-    standard = Standard(3, 32, False, "A photo depicts ", "any", None, 10, "nowhere")
+    standard = Standard(3, 32, False, "A photo depicts ", "any", 12, 10, "nowhere")
     monkeypatch.setattr(protocols, "STANDARDS", {"small": standard})
 
 
