@@ -18,7 +18,7 @@ from stepdistill.bench.intervals import Estimate, Resamples
 from stepdistill.bench.metrics import shapes_judge
 from stepdistill.bench.metrics.base import Observer, Seen
 from stepdistill.bench.metrics.clip_score import ClipEvaluator, clip_scores
-from stepdistill.bench.metrics.figures import Reference
+from stepdistill.bench.metrics.figures import NEIGHBOURS, Reference
 from stepdistill.bench.metrics.frechet import Moments, frechet_distance, kernel_distance
 from stepdistill.bench.metrics.kit import DISTANCES, JUDGED, Kit, Network, chosen
 from stepdistill.bench.metrics.manifold import equally_many, precision_recall
@@ -62,16 +62,20 @@ class Scorer:
         self.text_features = self.evaluator.text_features(self.captions)
 
     def feature_scores(self, features: Tensor) -> dict[str, float]:
-        """Features of a model's images (N, D), prompt by prompt => fid, kid, clip_score, precision, recall."""
+        """Features of a model's images (N, D), prompt by prompt => fid, kid, clip_score, precision, recall.
+
+        The last two are left out where there are too few images to have neighbours.
+        """
         texts = self.text_features.repeat_interleave(self.protocol.images_per_prompt, 0)
-        return {
+        found = {
             "fid": frechet_distance(Moments(features.shape[1]).add(features), self.reference_moments),
             "kid": kernel_distance(features, self.reference),
             "clip_score": clip_scores(features, texts).mean().item(),
-            **precision_recall(
-                *equally_many(features, self.reference, self.protocol.images_per_prompt), device=self.device
-            )._asdict(),
         }
+        if len(features) > NEIGHBOURS:
+            sets = equally_many(features, self.reference, self.protocol.images_per_prompt)
+            found |= precision_recall(*sets, NEIGHBOURS, device=self.device)._asdict()
+        return found
 
     def real_scores(self) -> dict[str, float]:
         """What real scenes for the same prompts would get: the best that a model can hope for, and its bias in FID."""

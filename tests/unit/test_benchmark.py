@@ -163,6 +163,11 @@ def test_real_scenes_get_the_best_scores(evaluator: Path) -> None:
     assert scorer.feature_scores(features)["fid"] > 5 * scorer.real_scores()["fid"]
 
 
+def test_a_few_images_have_no_precision_and_no_recall(evaluator: Path) -> None:
+    scorer = benchmark.Scorer(ShapesProtocol(prompts=1, images_per_prompt=3, reference=20, evaluator=str(evaluator)))
+    assert scorer.real_scores().keys() == {"fid", "kid", "clip_score"}
+
+
 def test_real_scenes_are_scored_against_their_own_prompts(evaluator: Path) -> None:
     scorer = benchmark.Scorer(ShapesProtocol(prompts=12, images_per_prompt=2, reference=20, evaluator=str(evaluator)))
     real = render_scenes([scene for scenes in scorer.completions for scene in scenes])
