@@ -34,6 +34,7 @@ from stepdistill.bench.benchmark import Provenance, run_benchmark
 from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.bench.prompts import ShapesProtocol
 from stepdistill.recipe import Recipe, build_objective
+from stepdistill.recipe_sections import StageConfig
 from stepdistill.run_folder import RunFolder
 
 
@@ -57,6 +58,7 @@ SCALED = ("stages", "health", "checkpoints")  # parts of a recipe that have such
 QUIET = ("previews=null", "bench=null", "checkpoints.keep=1")
 GRADIENT_COST = 3  # a pass that is differentiated counts as itself and two more
 FORWARD_MODE_COST = 2  # one that carries a derivative along, as itself and one more
+MINIATURE = 24  # iterations that a run is shortened to where its iterations are not all alike
 
 
 @dataclass
@@ -89,22 +91,42 @@ def counting(kind: type[nn.Module]) -> Iterator[PassCounter]:
 
 
 def passes_per_iteration(recipe: Recipe, folder: Path) -> list[int]:
-    """Network passes, in samples, of one iteration of every stage: the difference between three iterations and one."""
+    """Network passes, in samples, of an iteration of every stage.
+
+    The difference between three iterations and one; between a whole miniature and one, where iterations are not all
+    alike.
+    """
     from stepdistill.families import load_family
 
     kind = type(load_family(recipe.resolved().teacher).network())
 
-    def spent(steps: Sequence[int]) -> int:
-        stages = [stage.model_copy(update={"steps": n}) for stage, n in zip(recipe.stages, steps, strict=True)]
+    def spent(stages: Sequence[StageConfig]) -> int:
         export = recipe.export.model_copy(update={"pipeline": False, "lora": False})
-        short = recipe.model_copy(update={"stages": stages, "export": export, "output": str(folder)})
+        short = recipe.model_copy(update={"stages": list(stages), "export": export, "output": str(folder)})
         with counting(kind) as counter:
             train(short, resume=False)
         return counter.passes
 
-    ones = [1] * len(recipe.stages)
+    ones = [miniature(stage, 1) for stage in recipe.stages]
     least = spent(ones)
-    return [(spent([3 if i == n else 1 for i in range(len(ones))]) - least) // 2 for n in range(len(ones))]
+    found = []
+    for number, stage in enumerate(recipe.stages):
+        steps = MINIATURE if varies(stage, recipe) else 3
+        longer = [*ones[:number], miniature(stage, steps), *ones[number + 1 :]]
+        found.append(round((spent(longer) - least) / (steps - 1)))
+    return found
+
+
+def varies(stage: StageConfig, recipe: Recipe) -> bool:
+    """Whether a stage's iterations differ in their phases, as where a critic learns alone at first."""
+    objective = build_objective(stage.objective, recipe.source)
+    return len({tuple(phase.name for phase in objective.phases(i)) for i in range(stage.steps)}) > 1
+
+
+def miniature(stage: StageConfig, steps: int) -> StageConfig:
+    """A stage of so many steps, and with it whatever is counted in iterations."""
+    plain = rescaled(stage.model_dump(mode="json"), steps / stage.steps)
+    return StageConfig.model_validate({**plain, "steps": steps})
 
 
 def scaled(recipe: Recipe, per_iteration: Sequence[int], budget: int) -> Recipe:

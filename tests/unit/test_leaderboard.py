@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from benchmarks import objectives
-from stepdistill.recipe import build_objective
+from stepdistill.recipe import Recipe, build_objective
 
 
 def test_a_pass_costs_by_what_it_carries() -> None:
@@ -98,3 +98,28 @@ def test_every_cell_can_be_scaled(name: str) -> None:
     short = objectives.scaled(recipe, [7] * len(recipe.stages), sum(stage.steps for stage in recipe.stages))
     assert sum(stage.steps for stage in short.stages) <= sum(stage.steps for stage in recipe.stages) / 5
     build_objective(short.stages[-1].objective, recipe.source)
+
+
+class Net(nn.Module):
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+@pytest.mark.parametrize(("name", "rows"), [("disback_1step", 4), ("dmd2_plain_1step", 5)])
+def test_iterations_that_are_not_alike_count_in_their_true_proportion(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def train(recipe: Recipe, *, resume: bool) -> None:
+        assert not resume
+        Net()(torch.zeros(7, 1))  # whatever a run does besides
+        for stage in recipe.stages:
+            objective = build_objective(stage.objective, recipe.source)
+            for step in range(stage.steps):
+                alone = [phase.name for phase in objective.phases(step)] == ["recording"]
+                Net()(torch.zeros(1 if alone else 5, 1))
+
+    monkeypatch.setattr(objectives, "train", train)
+    monkeypatch.setattr("stepdistill.families.load_family", lambda path: argparse.Namespace(network=Net))
+    recipe = Recipe.load(objectives.ROOT / f"recipes/shapes/{name}.yaml")
+    counts = objectives.passes_per_iteration(recipe, tmp_path)
+    assert set(counts) == {rows}, "disback: 200 iterations of one row and 1,000 of five"
