@@ -1,6 +1,7 @@
 """Whether the toolkit stays out of the way: time with it over time without it, three times.
 
     python benchmarks/speed.py [--parts training latency throughput] [--model runs/quickstart/pipeline] [--rounds 10]
+    python benchmarks/speed.py --parts latency throughput --random sd15  # a network of that size, of random weights
 
 training    an iteration of each objective over the bare network passes that it needs (see overhead.py)
 latency     one image in one step by the exported pipeline over its denoiser and its decoder called bare; at most 1.05
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the scripts beside this one
 
 from benchmarks import overhead  # noqa: E402
+from benchmarks.gpu.memory import write_teacher  # noqa: E402
 from stepdistill.bench.benchmark import PLAIN, Runner, Scorer  # noqa: E402
 from stepdistill.bench.generate import ModelUnderTest, Painter, load_pipeline  # noqa: E402
 from stepdistill.bench.metrics.weights import Weights  # noqa: E402
@@ -130,6 +132,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="assets/shapes/teacher", help="an exported pipeline; its size is what counts"
     )
+    parser.add_argument("--random", choices=("sd15",), help="instead of a model: the shapes of a published one")
+    parser.add_argument("--side", type=int, default=64, help="of its images in pixels; shapes has 64")
     parser.add_argument("--scheduler", default="lcm", help="of the model; lcm is what most students are exported with")
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 25], help="of the throughput")
     parser.add_argument("--prompts", type=int, default=64, help="of the throughput, 8 images each")
@@ -146,10 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parsed(arguments)
     measures = {"training": training, "latency": latency, "throughput": throughput}
     rows = []
-    for part in args.parts:
-        for found in measures[part](args):
-            rows.append(found)
-            print(json.dumps(found), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.random is not None:
+            name = f"{args.random}, random weights, {args.side} px"
+            args.model = write_teacher(args.random, Path(folder) / name, args.side)
+        for part in args.parts:
+            for found in measures[part](args):
+                rows.append(found)
+                print(json.dumps(found), flush=True)
     old = json.loads(args.output.read_text())["rows"] if args.output.is_file() else []
     measured = {(r["model"], r["measure"]) for r in rows}
     kept = [r for r in old if (r["model"], r["measure"]) not in measured]

@@ -75,8 +75,14 @@ def text_encoder(width: int, *, projected: bool) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def write_teacher(name: str, folder: Path) -> str:
-    """A pipeline of random weights, saved as bf16; made once."""
+def write_teacher(name: str, folder: Path, side: int | None = None) -> str:
+    """A pipeline of random weights, saved as bf16; made once.
+
+    Args:
+        name: key of UNETS.
+        folder: where to.
+        side: of its images in pixels; None: the published one.
+    """
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -88,12 +94,13 @@ def write_teacher(name: str, folder: Path) -> str:
     if (folder / "model_index.json").is_file():
         return str(folder)
     torch.manual_seed(0)
+    config = UNETS[name] if side is None else {**UNETS[name], "sample_size": side // 8}
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=8 * UNETS[name]["sample_size"],
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=8 * config["sample_size"],
     )  # fmt: skip
-    parts: dict[str, Any] = {"unet": UNet2DConditionModel(**UNETS[name]), "scheduler": scheduler, "vae": vae}
+    parts: dict[str, Any] = {"unet": UNet2DConditionModel(**config), "scheduler": scheduler, "vae": vae}
     for index, width in enumerate(WIDTHS[name]):
         suffix = f"_{index + 1}" if index else ""
         parts[f"text_encoder{suffix}"] = text_encoder(width, projected=bool(index))

@@ -359,8 +359,10 @@ def reset_peak(device: str) -> None:
 
 def allocated(device: str) -> int:
     """Bytes of the accelerator's memory that are in use now; 0 unless on CUDA."""
+    if not device.startswith("cuda"):
+        return 0
     gc.collect()  # a model that is done with may still be held by cycles
-    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+    return torch.cuda.memory_allocated(device)
 
 
 def peak_gib(device: str, beyond: int = 0) -> float | None:

@@ -10,32 +10,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler
-from diffusers.utils import logging
 from safetensors.torch import save_file
 
 from stepdistill.bench.generate import ModelUnderTest, generate_images, load_pipeline
 from stepdistill.cli_models import parse_model, parse_models
 from stepdistill.errors import UserError
-from tests.benches import tiny_teacher
 
 
+pytestmark = pytest.mark.usefixtures("quiet", "offline")
 PROMPTS = ["a red circle", "a blue ring on white", "a shape"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def under_test(teacher: Path, **changes: object) -> ModelUnderTest:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
@@ -32,9 +31,10 @@ from stepdistill.bench.rows import own_noise
 from stepdistill.bench.scorer import Scorer, decoded, read
 from stepdistill.cli_models import parse_model, parse_models
 from stepdistill.errors import UserError
-from tests.benches import tiny_evaluator, tiny_teacher
+from tests.benches import tiny_teacher
 
 
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 COUNTED = (
     "nfe", "images", "fid", "kid", "clip_score", "caption_accuracy", "images_all_correct", "diversity", "precision",
     "recall",
@@ -42,28 +42,8 @@ COUNTED = (
 PROMPTS = ["a red circle", "a blue ring on white", "a shape"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures and pages take longer than all else here, and have tests of their own."""
-    for place, name in ((benchmark.plots, "pareto"), (benchmark.plots, "sample_grid"), (benchmark.page, "save_page")):
-        monkeypatch.setattr(place, name, lambda *args: None)
-    monkeypatch.setattr(benchmark, "LATENCY_CALLS", 1)
-
-
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def protocol(tmp_path_factory: pytest.TempPathFactory) -> ShapesProtocol:
-    evaluator = tiny_evaluator(tmp_path_factory.mktemp("clip"))
+def protocol(evaluator: Path) -> ShapesProtocol:
     return ShapesProtocol(prompts=4, images_per_prompt=3, reference=20, evaluator=str(evaluator))
 
 

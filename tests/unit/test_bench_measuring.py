@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig
@@ -31,36 +30,12 @@ from stepdistill.bench.prompts import ShapesProtocol
 from stepdistill.bench.protocols import PromptProtocol, Standard, prepare
 from stepdistill.cli_models import parse_model
 from stepdistill.errors import UserError
-from tests.benches import text_config, tiny_evaluator, tiny_teacher
+from tests.benches import text_config
 
 
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn", "offline")
 PROMPTS = ["a red circle", "a blue ring on white", "a shape"]
 FEATURES = f"{__name__}:features_of"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures and pages take longer than all else here, and have tests of their own."""
-    for place, name in ((benchmark.plots, "pareto"), (benchmark.plots, "sample_grid"), (benchmark.page, "save_page")):
-        monkeypatch.setattr(place, name, lambda *args: None)
-    monkeypatch.setattr(benchmark, "LATENCY_CALLS", 1)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_evaluator(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.utils import logging
 
 from stepdistill.bench import benchmark, cells
 from stepdistill.bench.benchmark import Options, Progress, run_benchmark
@@ -21,28 +20,19 @@ from stepdistill.bench.generate import Cost, ModelUnderTest, Painter
 from stepdistill.bench.models import identity
 from stepdistill.bench.prompts import ShapesProtocol
 from stepdistill.bench.report import Report, load_report
-from tests.benches import tiny_evaluator, tiny_teacher
 from tests.unit.test_bench_cells import counted
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures and pages take longer than all else here, and have tests of their own."""
-    for place, name in ((benchmark.plots, "pareto"), (benchmark.plots, "sample_grid"), (benchmark.page, "save_page")):
-        monkeypatch.setattr(place, name, lambda *args: None)
-    monkeypatch.setattr(benchmark, "LATENCY_CALLS", 1)
+pytestmark = pytest.mark.usefixtures("quiet", "undrawn")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelUnderTest:
-    logging.disable_progress_bar()
-    folder = tiny_teacher(tmp_path_factory.mktemp("teacher"))
-    return ModelUnderTest("teacher", str(folder), steps=2, guidance_scale=3.0, scheduler="lcm")
+def model(teacher: Path) -> ModelUnderTest:
+    return ModelUnderTest("teacher", str(teacher), steps=2, guidance_scale=3.0, scheduler="lcm")
 
 
 @pytest.fixture(scope="module")
-def protocol(tmp_path_factory: pytest.TempPathFactory) -> ShapesProtocol:
-    evaluator = tiny_evaluator(tmp_path_factory.mktemp("clip"))
+def protocol(evaluator: Path) -> ShapesProtocol:
     return ShapesProtocol(prompts=4, images_per_prompt=3, reference=20, evaluator=str(evaluator))
 
 

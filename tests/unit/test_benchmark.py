@@ -8,33 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging
 
 from stepdistill.bench import benchmark, report
 from stepdistill.bench.generate import ModelUnderTest, generate_images, image_seed, load_pipeline
 from stepdistill.bench.metrics.clip_score import ClipEvaluator
 from stepdistill.bench.prompts import ShapesProtocol, render_scenes
 from stepdistill.errors import UserError
-from tests.benches import tiny_evaluator, tiny_teacher
 
 
+pytestmark = pytest.mark.usefixtures("quiet")
 PROMPTS = ["a red circle", "a blue ring on white", "a shape"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> None:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def evaluator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_evaluator(tmp_path_factory.mktemp("clip"))
 
 
 def under_test(teacher: Path, **changes: object) -> ModelUnderTest:

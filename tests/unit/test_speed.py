@@ -13,7 +13,6 @@ import torch
 
 from benchmarks import speed
 from stepdistill.bench.generate import ModelUnderTest
-from tests.unit.test_benchmark import evaluator, teacher  # noqa: F401  # fixtures
 
 
 def options(*words: object) -> argparse.Namespace:
@@ -36,7 +35,9 @@ def test_both_sides_take_turns_after_the_warm_up() -> None:
     assert (len(ours), len(bare)) == (2, 2)
 
 
-def test_one_image_needs_the_denoiser_and_the_decoder_once_on_both_sides(sd_folder: str, monkeypatch) -> None:
+def test_one_image_needs_the_denoiser_and_the_decoder_once_on_both_sides(
+    sd_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
     load = speed.load_pipeline
 
@@ -58,8 +59,8 @@ def test_one_image_needs_the_denoiser_and_the_decoder_once_on_both_sides(sd_fold
 
 
 def test_a_benchmarks_cell_makes_the_images_that_bare_sampling_makes(
-    teacher: Path, evaluator: Path, monkeypatch  # noqa: F811
-) -> None:  # fmt: skip
+    teacher: Path, evaluator: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[list[torch.Tensor]] = [[], []]
     call = speed.Painter.__call__
 
@@ -94,3 +95,26 @@ def test_iterations_are_measured_as_the_overhead_script_does(sd_folder: str) -> 
     (found,) = speed.training(args)
     assert (found["model"], found["limit"]) == ("vsd, full", None)
     assert found["ratio"] == pytest.approx(found["seconds"] / found["seconds_bare"])
+
+
+def test_a_network_of_published_shape_is_made_for_the_measurement_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def write(name: str, folder: Path, side: int) -> str:
+        assert (name, side) == ("sd15", 32)
+        folder.mkdir()
+        made.append(folder)
+        return str(folder)
+
+    def latency(args: argparse.Namespace) -> list[dict[str, Any]]:
+        assert Path(args.model).is_dir()
+        return [speed.row(Path(args.model).name, "latency", [2.0], [1.0], speed.LATENCY_LIMIT)]
+
+    monkeypatch.setattr(speed, "write_teacher", write)
+    monkeypatch.setattr(speed, "latency", latency)
+    output = tmp_path / "speed.json"
+    assert speed.main(["--parts", "latency", "--random", "sd15", "--side", "32", "--output", str(output)]) == 1
+    assert json.loads(output.read_text())["rows"][0]["model"] == "sd15, random weights, 32 px"
+    assert not made[0].exists()
