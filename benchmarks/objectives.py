@@ -54,8 +54,9 @@ ITERATIONS = (  # what recipes count in iterations, besides a stage's own steps
     "warmup_steps", "every", "critic_lead", "critic_warmup", "node_steps", "interval", "halving_steps", "weight_steps",
     "conditional_steps",
 )  # fmt: skip
-SCALED = ("stages", "health", "checkpoints")  # parts of a recipe that have such
-QUIET = ("previews=null", "bench=null", "checkpoints.keep=1")
+SCALED = ("stages", "checkpoints")  # parts of a recipe that have such
+# Without checks of health: a run a hundredth as long as its recipe looks ill, and is measured all the same.
+QUIET = ("previews=null", "bench=null", "health=null", "checkpoints.keep=1")
 GRADIENT_COST = 3  # a pass that is differentiated counts as itself and two more
 FORWARD_MODE_COST = 2  # one that carries a derivative along, as itself and one more
 MINIATURE = 24  # iterations that a run is shortened to where its iterations are not all alike

@@ -73,7 +73,7 @@ def test_a_cell_and_a_teacher_have_folders_of_their_own(tmp_path: Path) -> None:
 
 
 def test_everything_counted_in_iterations_is_scaled() -> None:
-    recipe = objectives.recipe_of("disback_1step", ("health.every=100",), objectives.parsed([]))
+    recipe = objectives.recipe_of("disback_1step", (), objectives.parsed([]))
     short = objectives.scaled(recipe, [10], recipe.stages[0].steps * 10 // 4)
     options = short.stages[0].objective.options
     assert (short.stages[0].steps, options["node_steps"], options["interval"]) == (300, 10, 12)
@@ -81,7 +81,7 @@ def test_everything_counted_in_iterations_is_scaled() -> None:
     assert options["base"] == recipe.stages[0].objective.options["base"]
     assert short.stages[0].player("critic").warmup_steps == 5
     assert short.stages[0].player("student").ema == 0.99
-    assert (short.health.every, short.checkpoints.every, short.seed) == (25, 50, recipe.seed)
+    assert (short.health, short.checkpoints.every, short.seed) == (None, 50, recipe.seed)
 
 
 def test_network_calls_of_a_student_are_not_scaled() -> None:
