@@ -347,11 +347,11 @@ def finish(
 
 
 def export(run: Path, checkpoint: str | None = None, output: Path | None = None) -> RunResult:
-    """Exports the student of a run again, or of one of its checkpoints.
+    """Exports the student of a run again, of one of its checkpoints, or of the end of one of its stages.
 
     Args:
         run: a run's folder.
-        checkpoint: "step-0000100" or "100"; None takes the finished student.
+        checkpoint: "step-0000100" or "100"; "stage-0" for the end of the first stage; None takes the finished student.
         output: where pipeline/ and lora/ go; None: into the run's folder.
     """
     from stepdistill.families import load_family
@@ -367,6 +367,6 @@ def export(run: Path, checkpoint: str | None = None, output: Path | None = None)
     roles, stage = source.roles_of(checkpoint, recipe, family)
     spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
     target = RunFolder(output or run)
-    pipeline, lora = export_student(recipe, family, roles["student"], spec, target, Display(None))
+    pipeline, lora = export_student(recipe, family, roles["student"], spec, target, Display(None), stage=stage)
     adapter = target.adapter if spec is not None and spec.adapter is not None else None
     return RunResult(target.path, pipeline, lora, None, adapter)
