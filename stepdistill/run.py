@@ -162,6 +162,7 @@ class _Run:
         from stepdistill.export.lora import check_format
         from stepdistill.export.schedulers import family_scheduler
         from stepdistill.guidance.wiring import wiring_of
+        from stepdistill.objectives.base import NeedsSchedule
         from stepdistill.resources.apply import check_roles
         from stepdistill.small_students import shaped_roles
         from stepdistill.times import check_timesteps
@@ -176,6 +177,8 @@ class _Run:
                 wiring_of(self.family.network())  # refuses
             called = objective.inference()
             check_timesteps(self.family.schedule, () if called is None else called.timesteps)
+            if isinstance(objective, NeedsSchedule):
+                objective.check_schedule(self.family.schedule)
         wanted = self.recipe.export
         spec = self.objectives[-1].inference()
         if spec is not None and (wanted.pipeline or (wanted.lora and self.family.supports_lora_loading)):
