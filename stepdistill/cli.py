@@ -225,7 +225,10 @@ def sample(  # noqa: PLR0913  # an argument is an option of the command
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     checkpoint: Annotated[
-        str | None, typer.Option(help="Such as step-0000200, or 200. Default: the finished student.")
+        str | None,
+        typer.Option(
+            help="Such as step-0000200, or 200; stage-0 is the end of the first stage. Default: the finished student."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write to. Default: RUN itself.")] = None,
 ) -> None:

@@ -148,8 +148,10 @@ class Denoiser:
     ) -> tuple[Prediction, Tensor]:
         """The prediction, and how fast its native output changes along a direction of (x_t, t).
 
-        By forward-mode differentiation with plain attention, since the fused kernels have no forward mode; or from two
-        more calls. No reverse mode is needed for either, so a caller who wants none takes no_grad around it.
+        By forward-mode differentiation, run as Python with plain attention, since compiled code may drop the tangents
+        and the fused kernels have no forward mode; or from two more calls, all of them in float32 or more whatever the
+        precision around them: half precision would round the difference away. No reverse mode is needed for either,
+        so a caller who wants none takes no_grad around it.
 
         Args:
             x_t: noisy sample, (B, C, H, W).
@@ -163,15 +165,17 @@ class Denoiser:
 
         Returns:
             The prediction, and the derivative of `prediction.native`, (B, C, H, W), at least float32.
+
+        Raises:
+            UserError: differences of a network whose weights are in half precision.
         """
         model_time = self._model_time(x_t, t)
         tangent = tangent_x.to(x_t), (self.schedule.d_model_time(t) * tangent_t).to(model_time)
         if difference > 0:
-            native = self._native(x_t, model_time, condition)
             step = _relative_step(x_t, tangent_x, tangent_t, difference)
-            slope = self._central_difference(x_t, model_time, condition, tangent, step)
+            native, slope = self._central_difference(x_t, model_time, condition, tangent, step)
         else:
-            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
                 x, time = map(forward_ad.make_dual, (x_t, model_time), tangent)
                 native, found = forward_ad.unpack_dual(self._native(x, time, condition))  # type: ignore[no-untyped-call]
                 slope = torch.zeros_like(native) if found is None else found  # None: it depends on neither
@@ -257,15 +261,33 @@ class Denoiser:
 
     def _central_difference(
         self, x_t: Tensor, model_time: Tensor, condition: Condition, tangent: tuple[Tensor, Tensor], step: Tensor
-    ) -> Tensor:
-        """(F(p + h v) - F(p - h v)) / 2h with one h per sample, (B,), float64."""
+    ) -> tuple[Tensor, Tensor]:
+        """F(p), and (F(p + h v) - F(p - h v)) / 2h with one h per sample, (B,), float64."""
+        _refuse_half(self.weights.network)
+        x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
+        condition = Condition({name: _at_least_float32(value) for name, value in condition.tensors.items()})
         h = beside(x_t, step)
         ends: list[Tensor] = []
-        for sign in (1, -1):
-            x = (x_t + sign * h * tangent[0]).to(x_t)
-            ends.append(self._native(x, (model_time + sign * step * tangent[1]).to(model_time), condition).double())
+        with torch.autocast(x_t.device.type, enabled=False):
+            native = self._native(x_t, model_time, condition)
+            for sign in (1, -1):
+                x, time = x_t + sign * h * tangent[0], model_time + sign * step * tangent[1]
+                ends.append(self._native(x.to(x_t), time.to(model_time), condition).double())
         slope: Tensor = (ends[0] - ends[1]) / (2 * h)
-        return slope
+        return native, slope
+
+
+def _refuse_half(network: nn.Module) -> None:
+    """Raises UserError for weights of half precision or less, in which neighbouring points often look the same."""
+    found = {p.dtype for p in network.parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32}
+    if found:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise UserError(f"difference: a network with weights in {kinds} rounds central differences away; set "
+                        "memory.base: fp32, or difference: 0 for forward mode")  # fmt: skip
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
 
 
 def _relative_step(x_t: Tensor, tangent_x: Tensor, tangent_t: Tensor, difference: float) -> Tensor:

@@ -39,16 +39,18 @@ OWN_STEPS = 2  # of the check of students that keep the teacher's scheduler, whi
 
 def export_student(
     recipe: Recipe, family: ModelFamily, student: RoleState, spec: InferenceSpec | None,
-    folder: RunFolder, display: Display,
+    folder: RunFolder, display: Display, *, stage: int = -1,
 ) -> tuple[Path | None, Path | None]:  # fmt: skip
     """Writes pipeline/ and lora/ as the recipe asks => their folders; of an adapter, adapter/ instead of both.
+
+    `stage` is the number of the recipe's stage that the student comes from.
 
     Raises:
         ExportMismatchError: a fresh process with plain Diffusers does not get the student's images.
     """
     beside_teacher = recipe.export.lora or (spec is not None and spec.adapter is not None)
     facts: dict[str, Any] = {
-        "method": recipe.stages[-1].objective.name,
+        "method": recipe.stages[stage].objective.name,
         "teacher": recipe.teacher if family.stored or not beside_teacher else keep_teacher(family, folder),
         "recipe": recipe.name,
         "recipe_sha256": recipe.sha256,

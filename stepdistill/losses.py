@@ -44,13 +44,32 @@ def value_with_gradient(x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
 def taken_early(x: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
     """A loss of x whose gradient with respect to x is taken at once, at x detached.
 
-    The graph of what the loss looks through is freed before the backward pass of whatever made x.
+    The graph of what the loss looks through is freed before the backward pass of whatever made x. Under autocast to
+    float16 the gradient is taken of a multiple of the loss, see `scaled_gradient`: no loss scale has reached it yet.
     """
+    device = x.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    if half:
+        x = x.float()  # else the gradient would be rounded to zero after all
     with torch.enable_grad():
         sample = x.detach().requires_grad_(True)
         value = loss_of(sample)
-        (gradient,) = torch.autograd.grad(value, sample)
+        gradient = scaled_gradient(value, sample) if half else torch.autograd.grad(value, sample)[0]
     return value_with_gradient(x, value, gradient)
+
+
+def scaled_gradient(value: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a scalar with respect to x, float32, through a graph that is partly in float16.
+
+    Taken of 2^15 value and divided out again, so that what is below float16's smallest number is not lost on the way;
+    of less where that overflows. Scales are powers of two, which round nothing.
+    """
+    for power in (15, 10, 5):
+        (gradient,) = torch.autograd.grad(value.float() * 2.0**power, x, retain_graph=True)
+        if bool(torch.isfinite(gradient).all()):
+            return gradient.float() / 2.0**power
+    (gradient,) = torch.autograd.grad(value, x)
+    return gradient.float()
 
 
 def dmd_direction(x: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:

@@ -162,6 +162,7 @@ class _Run:
         from stepdistill.export.lora import check_format
         from stepdistill.export.schedulers import family_scheduler
         from stepdistill.guidance.wiring import wiring_of
+        from stepdistill.objectives.base import NeedsSchedule
         from stepdistill.resources.apply import check_roles
         from stepdistill.small_students import shaped_roles
         from stepdistill.times import check_timesteps
@@ -176,6 +177,8 @@ class _Run:
                 wiring_of(self.family.network())  # refuses
             called = objective.inference()
             check_timesteps(self.family.schedule, () if called is None else called.timesteps)
+            if isinstance(objective, NeedsSchedule):
+                objective.check_schedule(self.family.schedule)
         wanted = self.recipe.export
         spec = self.objectives[-1].inference()
         if spec is not None and (wanted.pipeline or (wanted.lora and self.family.supports_lora_loading)):
@@ -347,11 +350,11 @@ def finish(
 
 
 def export(run: Path, checkpoint: str | None = None, output: Path | None = None) -> RunResult:
-    """Exports the student of a run again, or of one of its checkpoints.
+    """Exports the student of a run again, of one of its checkpoints, or of the end of one of its stages.
 
     Args:
         run: a run's folder.
-        checkpoint: "step-0000100" or "100"; None takes the finished student.
+        checkpoint: "step-0000100" or "100"; "stage-0" for the end of the first stage; None takes the finished student.
         output: where pipeline/ and lora/ go; None: into the run's folder.
     """
     from stepdistill.families import load_family
@@ -367,6 +370,6 @@ def export(run: Path, checkpoint: str | None = None, output: Path | None = None)
     roles, stage = source.roles_of(checkpoint, recipe, family)
     spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
     target = RunFolder(output or run)
-    pipeline, lora = export_student(recipe, family, roles["student"], spec, target, Display(None))
+    pipeline, lora = export_student(recipe, family, roles["student"], spec, target, Display(None), stage=stage)
     adapter = target.adapter if spec is not None and spec.adapter is not None else None
     return RunResult(target.path, pipeline, lora, None, adapter)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stepdistill.recipe import Recipe
 
 
+STAGE = "stage-"  # begins the names of folders of what stages ended with
 STUDENT = "student-"  # begins the names of folders of a run with several students
 PARTITION = "partition."  # begins the names of the files that say which prompts are whose
 
@@ -70,8 +71,11 @@ class RunFolder:
 
     def stages_done(self) -> int:
         """How many whole stages lie behind the run."""
-        found = self.checkpoints.folder.glob("stage-*")
-        return 1 + max((int(path.name.removeprefix("stage-")) for path in found), default=-1)
+        return 1 + max(self._ended(), default=-1)
+
+    def named(self) -> list[str]:
+        """What `roles_of` takes: numbers of checkpoints, and the ends of stages, of which every one is kept."""
+        return [*map(str, self.checkpoints.steps()), *(f"{STAGE}{number}" for number in self._ended())]
 
     def train_seconds(self) -> float:
         """Time spent in iterations, over all sessions of the run and all students that it has."""
@@ -116,7 +120,16 @@ class RunFolder:
     def roles_of(
         self, checkpoint: str | None, recipe: Recipe, family: ModelFamily
     ) -> tuple[dict[str, RoleState], int]:
-        """=> (weights by role, number of the stage) of a finished run or of one checkpoint, by its name or step."""
+        """=> (weights by role, number of the stage) of a finished run, of one checkpoint, or of the end of a stage.
+
+        Args:
+            checkpoint: "step-0000200", "200", or "stage-0" for the end of the first stage; None: the finished run.
+            recipe: of the run.
+            family: the teacher.
+
+        Raises:
+            UserError: there is no such checkpoint, or the run is not finished.
+        """
         from stepdistill.cast import RoleState
         from stepdistill.recipe import build_objective
         from stepdistill.run import lora_settings
@@ -125,22 +138,29 @@ class RunFolder:
         if checkpoint is None:
             if self.stages_done() <= last:
                 raise UserError(f"{self.path} is not finished; run its recipe again, or name one of its checkpoints: "
-                                f"{', '.join(map(str, self.checkpoints.steps())) or 'none yet'}")  # fmt: skip
+                                f"{', '.join(self.named()) or 'none yet'}")  # fmt: skip
             return self.load_roles(last), last
+        if checkpoint in self.named() and checkpoint.startswith(STAGE):
+            stage = int(checkpoint.removeprefix(STAGE))
+            return self.load_roles(stage), stage
         number = checkpoint.removeprefix("step-")
         if not number.isdigit() or int(number) not in self.checkpoints.steps():
             raise UserError(f"{self.path} has no checkpoint {checkpoint!r}; it has "
-                            f"{', '.join(map(str, self.checkpoints.steps())) or 'none'}")  # fmt: skip
+                            f"{', '.join(self.named()) or 'none'}")  # fmt: skip
         roles, state = self.checkpoints.load(int(number))
-        stage = recipe.stages[state["stage"]]
-        lora = lora_settings(stage, build_objective(stage.objective, recipe.source), family)
+        played = recipe.stages[state["stage"]]
+        lora = lora_settings(played, build_objective(played.objective, recipe.source), family)
         averages = {name: player["ema"] for name, player in state["players"].items()}
         return {
             name: RoleState(lora.get(name), _averaged(roles[name], average)) for name, average in averages.items()
         }, state["stage"]
 
     def _stage(self, stage: int) -> Path:
-        return self.checkpoints.folder / f"stage-{stage}"
+        return self.checkpoints.folder / f"{STAGE}{stage}"
+
+    def _ended(self) -> list[int]:
+        """Numbers of the stages that lie behind the run, from 0, rising."""
+        return sorted(int(path.name.removeprefix(STAGE)) for path in self.checkpoints.folder.glob(f"{STAGE}*"))
 
     def _check_same(self, recipe: Recipe, record: Path) -> None:
         from stepdistill.recipe import Recipe

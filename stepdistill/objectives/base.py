@@ -23,6 +23,7 @@ from stepdistill.sampling import Sampler
 
 if TYPE_CHECKING:
     from stepdistill.cast import Cast
+    from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,14 @@ class InferenceSpec:
     def told(self, condition: Condition) -> Condition:
         """What the student is called with: the condition, and the guidance scale where it is an input."""
         return condition.with_guidance(self.guidance_scale) if self.embeds_guidance else condition
+
+
+class NeedsSchedule:
+    """What an objective inherits whose options go with some teachers' schedules only; a run asks before it begins."""
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """Raises UserError if the options do not go with the teacher's schedule."""
+        raise NotImplementedError
 
 
 class Objective(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.losses import Distance, distance
-from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, NeedsSchedule, Phase, Role, Step, Trained
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
 from stepdistill.objectives.trajectory import sample_guidance
@@ -25,10 +25,11 @@ from stepdistill.segments import SolverGrid
 
 if TYPE_CHECKING:
     from stepdistill.cast import Cast
+    from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
-class Consistency:
+class Consistency(NeedsSchedule):
     """What the student makes of a noised image is what it makes of the teacher's next, less noisy point.
 
     Attributes:
@@ -56,6 +57,9 @@ class Consistency:
         _ = self.roles()  # refuses what is no decay
         if self.rho is not None and not self.rho > 0:
             raise UserError(f"rho must be positive, got {self.rho}; null spaces the grid evenly in time")
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        SolverGrid(schedule, self.solver_steps, torch.device("cpu"), rho=self.rho)
 
     def roles(self) -> Mapping[str, Role]:
         return {"teacher": Frozen(), "student": Trained(), **target_roles(self.target_decay)}

@@ -14,7 +14,7 @@ import torch
 
 from stepdistill.errors import UserError
 from stepdistill.losses import Distance, distance
-from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, NeedsSchedule, Phase, Role, Step, Trained
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
 from stepdistill.objectives.trajectory import sample_guidance
@@ -25,10 +25,11 @@ from stepdistill.segments import SolverGrid
 
 if TYPE_CHECKING:
     from stepdistill.cast import Cast
+    from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
-class LCM:
+class LCM(NeedsSchedule):
     """The student's clean image is the same from every point of the guided teacher's path.
 
     LCM-LoRA is this with a LoRA student, `embed_guidance` false and `target_decay` 0: the teacher is the network
@@ -71,6 +72,9 @@ class LCM:
         if self.call_guidance is not None and not low <= self.call_guidance <= high:
             raise UserError(f"call_guidance {self.call_guidance:g} is not trained; give a scale from {low:g} to "
                             f"{high:g}, or widen guidance")  # fmt: skip
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        SolverGrid(schedule, self.solver_steps, torch.device("cpu"), lowest=self.lowest)
 
     @property
     def guidance_range(self) -> tuple[float, float]:

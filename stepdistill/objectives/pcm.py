@@ -15,7 +15,18 @@ from torch import Tensor
 from stepdistill.discriminator import Discriminator, discriminator_loss
 from stepdistill.errors import UserError
 from stepdistill.losses import Distance, distance, taken_early
-from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.base import (
+    Batch,
+    Frozen,
+    Head,
+    InferenceSpec,
+    Loss,
+    NeedsSchedule,
+    Phase,
+    Role,
+    Step,
+    Trained,
+)
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
 from stepdistill.objectives.trajectory import Leap, Trajectory, student_jump
@@ -31,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PCM:
+class PCM(NeedsSchedule):
     """The student's jump to the end of its phase ends at the same place from every point of the phase.
 
     An iteration is two steps of the paper's code, which alternates between discriminator and student.
@@ -73,6 +84,9 @@ class PCM:
     def trajectory(self) -> Trajectory:
         """The teacher's path in phases."""
         return Trajectory(len(self.timesteps), self.solver_steps, self.solver, self.guidance)
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        check_phases(schedule, self.solver_steps, self.timesteps)
 
     def roles(self) -> Mapping[str, Role]:
         roles: dict[str, Role] = {"teacher": Frozen(), "student": Trained(), **target_roles(self.target_decay)}

@@ -120,7 +120,8 @@ class Sprint:
         point, count = self.scm.draw(trig, batch), self.at_largest_time(len(batch), step)
         with torch.no_grad():
             x_t, t = trig.place(point.x, point.angle)
-            x_t = torch.cat([torch.randn_like(x_t[:count]), x_t[count:]])
+            # Of all rows, of which some are taken: a single row would be the same on all processes.
+            x_t = torch.cat([torch.randn_like(x_t)[:count], x_t[count:]])
             t = torch.cat([torch.ones_like(t[:count]), t[count:]])
             x0 = student(x_t, t, point.condition).x0
         terms = self.adversary.discriminator_terms(cast, x0, batch)
@@ -140,6 +141,6 @@ class Sprint:
 
     def from_noise(self, cast: Cast, point: Point, count: int) -> Tensor:
         """The student's clean predictions of fresh noise at the last time, (count, ...), for the first conditions."""
-        noise = torch.randn_like(point.x[:count])
+        noise = torch.randn_like(point.x)[:count]  # of all rows: a single one would be the same on all processes
         t = torch.ones(count, dtype=torch.float64, device=noise.device)
         return cast.denoiser("student")(noise, t, point.condition[:count]).x0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stepdistill.losses import Distance, distance
-from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, NeedsSchedule, Phase, Role, Step, Trained
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
 from stepdistill.objectives.trajectory import Trajectory, student_jump
@@ -19,10 +19,11 @@ from stepdistill.sampling import Sampler, Solver
 
 if TYPE_CHECKING:
     from stepdistill.cast import Cast
+    from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
-class TCD:
+class TCD(NeedsSchedule):
     """The student's jump from t to a random lower time ends where its jump from the teacher's next point does.
 
     Attributes:
@@ -51,6 +52,9 @@ class TCD:
     def __post_init__(self) -> None:
         # What does not fit together is told before anything is loaded.
         _ = self.trajectory, self.roles(), self.inference()
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        self.trajectory.check_schedule(schedule)
 
     @property
     def trajectory(self) -> Trajectory:

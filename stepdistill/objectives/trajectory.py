@@ -24,6 +24,7 @@ from stepdistill.segments import SolverGrid
 
 if TYPE_CHECKING:
     from stepdistill.cast import Cast
+    from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Trajectory:
         if not 1 <= self.segments <= self.steps:
             raise UserError(f"{self.steps} solver steps cannot be cut into {self.segments} segments; give 1 to "
                             f"{self.steps}")  # fmt: skip
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        """Raises UserError if the teacher's schedule has no such grid."""
+        SolverGrid(schedule, self.steps, torch.device("cpu"))
 
     def leap(self, denoiser: Denoiser, batch: Batch) -> Leap:
         """A leap for every image of a batch of the images stream, with fresh noise."""

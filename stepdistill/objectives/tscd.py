@@ -16,7 +16,18 @@ from torch import Tensor
 from stepdistill.discriminator import Game
 from stepdistill.errors import UserError
 from stepdistill.losses import Distance, distance
-from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Recorded, Role, Step, Trained
+from stepdistill.objectives.base import (
+    Batch,
+    Frozen,
+    InferenceSpec,
+    Loss,
+    NeedsSchedule,
+    Phase,
+    Recorded,
+    Role,
+    Step,
+    Trained,
+)
 from stepdistill.objectives.encoder_adversary import EncoderAdversary
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
@@ -26,13 +37,14 @@ from stepdistill.sampling import Sampler, Solver
 
 if TYPE_CHECKING:
     from stepdistill.cast import Cast
+    from stepdistill.schedule import NoiseSchedule
 
 
 SOURCE = "source"  # the role that holds the student of the stage before
 
 
 @dataclass(frozen=True)
-class TSCD:
+class TSCD(NeedsSchedule):
     """Trajectory consistency inside of segments: a recipe plays it with 8, then 4, 2 and 1 of them.
 
     Attributes:
@@ -85,6 +97,9 @@ class TSCD:
             raise UserError(f"discriminator_updates must be at least 1, got {self.discriminator_updates}")
         # What does not fit together is told before anything is loaded.
         _ = self.trajectory, self.roles(), self.inference()
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        self.trajectory.check_schedule(schedule)
 
     @property
     def trajectory(self) -> Trajectory:

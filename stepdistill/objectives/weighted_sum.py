@@ -11,12 +11,13 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.objectives import name_of
-from stepdistill.objectives.base import Batch, InferenceSpec, Loss, Objective, Phase, Role, Step
+from stepdistill.objectives.base import Batch, InferenceSpec, Loss, NeedsSchedule, Objective, Phase, Role, Step
 from stepdistill.options import OBJECTIVE, options_of
 
 
 if TYPE_CHECKING:
     from stepdistill.cast import Cast
+    from stepdistill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ Turn = list[tuple[Part, Phase]]  # one phase of the sum: the parts that take par
 
 
 @dataclass(frozen=True)
-class WeightedSum:
+class WeightedSum(NeedsSchedule):
     """Plays several objectives as one game, whose losses are weighted sums.
 
     Roles of equal names are one role. Phases that train a common role become one phase, in the order in which the
@@ -72,6 +73,11 @@ class WeightedSum:
         self.roles()
         self.phases(0)
         self.inference()
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        for part in self.parts:
+            if isinstance(part.objective, NeedsSchedule):
+                part.objective.check_schedule(schedule)
 
     def roles(self) -> Mapping[str, Role]:
         united: dict[str, tuple[str, Role]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from stepdistill.objectives.lcm import LCM
 from stepdistill.objectives.pcm import PCM
 from stepdistill.objectives.trajectory import Trajectory
 from stepdistill.prediction import Levels, add_more_noise, native_target
+from stepdistill.recipe import Recipe
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.segments import SolverGrid
 from tests.oracles.oracle import GivenNoise, Roles, constant, four_signs, gaussian, label
@@ -28,6 +30,7 @@ from tests.tiny import PaintedLatents, trainer_of, weights_of
 
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 TWO = (999, 499)
 PLAIN: dict[str, Any] = {"solver_steps": STEPS, "guidance": 1.0, "distance": "mse", "gan_weight": 0.0}
@@ -159,6 +162,23 @@ def test_with_a_phase_for_every_solver_step_the_teacher_is_its_own_student(
     cast = Roles({"teacher": teacher, "student": teacher})
     assert PCM(timesteps=timesteps, **PLAIN).student_loss(cast, batch, Step(0)).total.item() == 0.0
     assert PCM(timesteps=TWO, **PLAIN).student_loss(cast, batch, Step(0)).total.item() > 1e-6
+
+
+@pytest.mark.parametrize("which", ["sd3", "flux"])
+def test_on_a_shifted_flow_the_recipes_solver_is_the_students_jump_and_euler_in_the_schedules_time_is_not(
+    which: str, batch: GivenNoise
+) -> None:
+    assert FLOW.shift == 3.0
+    timesteps = tuple(range(999, -1, -125))
+    teacher = gaussian_of(FLOW, "flow")
+    cast = Roles({"teacher": teacher, "student": teacher})
+    solver = Recipe.load(ROOT / f"recipes/{which}/pcm_4step_lora.yaml").stages[0].objective.options["solver"]
+    losses = [
+        PCM(timesteps=timesteps, solver=name, **PLAIN).student_loss(cast, batch, Step(0)).total.item()
+        for name in (solver, "euler")
+    ]
+    assert losses[0] == 0.0
+    assert losses[1] > 1e-6
 
 
 def test_dropped_prompts_are_dropped_for_teacher_and_student_alike(

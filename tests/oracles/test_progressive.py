@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from stepdistill import finish
 from stepdistill.cast import Cast
-from stepdistill.checkpoint import tensors_equal
+from stepdistill.checkpoint import load_tree, tensors_equal
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights
 from stepdistill.errors import UserError
@@ -24,7 +26,7 @@ from stepdistill.objectives.inputs import draw_paths, draw_times, few_step_input
 from stepdistill.objectives.progressive import Progressive
 from stepdistill.prediction import Levels, Prediction, native_target
 from stepdistill.recipe import Recipe
-from stepdistill.run import train
+from stepdistill.run import export, train
 from stepdistill.sampling import ddim_step
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.times import grid, trailing
@@ -290,11 +292,12 @@ def test_an_interrupted_run_ends_with_the_same_bits_and_the_student_becomes_the_
     assert tensors_equal(weights_of(second), weights_of(straight))
 
 
-def test_a_stage_can_go_on_from_the_student_of_the_stage_before(sd_folder: str, tmp_path: Path) -> None:
+def two_halvings(sd_folder: str, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe of four steps => two => one, a stage of two iterations for each."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (16, 16), (200, 40, 40)).save(tmp_path / "images" / "a.png")
     (tmp_path / "images" / "a.txt").write_text("a")
-    content = tiny_recipe(sd_folder, tmp_path / "run")
+    content = tiny_recipe(sd_folder, tmp_path / "run", **changes)
     content["data"] |= {"images": str(tmp_path / "images"), "size": 16}
     stages: list[dict[str, Any]] = [
         {"objective": {"name": "progressive", "timesteps": [999, 499], "guidance": 2.0}},
@@ -302,9 +305,35 @@ def test_a_stage_can_go_on_from_the_student_of_the_stage_before(sd_folder: str, 
     ]
     player = {"default": {"schedule": "linear", "optimizer": {"lr": 0.01}}}
     content["stages"] = [{**stage, "steps": 2, "batch_size": 2, "players": player} for stage in stages]
-    result = train(Recipe.from_mapping(content))
+    return content
+
+
+def test_a_stage_can_go_on_from_the_student_of_the_stage_before(sd_folder: str, tmp_path: Path) -> None:
+    result = train(Recipe.from_mapping(two_halvings(sd_folder, tmp_path)))
     lines = (result.folder / "metrics.jsonl").read_text().splitlines()
     assert ['"student_steps": 2.0' in line for line in lines] == [True, True, False, False]
+
+
+def test_the_student_of_each_halving_can_be_exported_however_few_checkpoints_are_kept(
+    sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "check", lambda *args: 0.0)  # the fresh process has tests of its own
+    changes = {"checkpoints": {"every": 1, "keep": 1}, "export": {"pipeline": True, "lora": False}}
+    train(Recipe.from_mapping(two_halvings(sd_folder, tmp_path, **changes)))
+    run, seen = tmp_path / "run", []
+    for stage, timesteps in enumerate([[999, 499], [999]]):
+        pipeline = export(run, f"stage-{stage}", tmp_path / f"of-{stage}").pipeline
+        assert pipeline is not None
+        loaded = StableDiffusionPipeline.from_pretrained(pipeline)
+        loaded.scheduler.set_timesteps(len(timesteps))
+        assert loaded.scheduler.timesteps.tolist() == timesteps
+        student = load_tree(run / "checkpoints" / f"stage-{stage}" / "roles")["student"]["tensors"]
+        assert tensors_equal(dict(loaded.unet.named_parameters()), student)
+        seen.append(student)
+    assert not tensors_equal(*seen)
+    for wrong in ("2", "stage-2", "stage-", "stage-00"):
+        with pytest.raises(UserError, match=r"no checkpoint .*; it has 4, stage-0, stage-1"):
+            export(run, wrong)
 
 
 def test_the_first_iteration_after_a_stage_follows_that_stages_student(sd_folder: str) -> None:

@@ -17,6 +17,7 @@ from stepdistill.families import load_family
 from stepdistill.objectives.base import Batch, Head, InferenceSpec, Step
 from stepdistill.objectives.scm import SCM
 from stepdistill.objectives.sprint import Sprint
+from stepdistill.processes.share import SlicedDraws
 from stepdistill.schedule import FlowSchedule
 from stepdistill.trigflow import LogWeight
 from tests.oracles.oracle import shaped
@@ -115,6 +116,19 @@ def test_these_samples_begin_with_fresh_noise_at_the_last_time_and_keep_their_co
         assert labels[~last].tolist() == [4, 5, 6, 7]
     else:
         assert [len(x) for x, _, _ in inputs] == [8, 8, 4], "derivative, consistency, and the samples of noise"
+
+
+@pytest.mark.parametrize("turn", ["discriminator", "student"])
+def test_processes_that_begin_with_one_sample_of_noise_each_have_noise_of_their_own(turn: str) -> None:
+    drawn = []
+    for part in range(2):
+        roles = cast()
+        with SlicedDraws(2, part, 2):
+            turn_of(turn, Sprint(largest_time_share=0.5), roles, count=2)
+        (noise,) = (x[time >= 1000] for x, time, _ in roles.student.inputs if bool((time >= 1000).any()))
+        assert len(noise) == 1
+        drawn.append(noise)
+    assert not torch.isclose(drawn[0], drawn[1]).any()
 
 
 @pytest.mark.parametrize(("share", "moved"), [(1.0, "last"), (0.0, "others"), (0.5, "both")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from stepdistill.cast import Cast
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights
+from stepdistill.errors import UserError
+from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.base import Frozen, Trained
 from stepdistill.schedule import EDMSchedule, FlowSchedule, NoiseSchedule, TrigFlowSchedule, from_scheduler_config
@@ -68,16 +72,17 @@ def test_no_direction_has_no_derivative_and_a_network_may_ignore_what_moves() ->
     assert torch.equal(slope, torch.zeros_like(slope))
 
 
-@pytest.mark.parametrize("which", ["sd", "dit", "sd3"])
+@pytest.mark.parametrize("which", ["sd", "dit", "sd3", "sana"])
 def test_forward_mode_through_the_real_classes_agrees_with_differences(
     which: str, request: pytest.FixtureRequest
 ) -> None:
-    family: ModelFamily = request.getfixturevalue(which)
+    family = load_family(request.getfixturevalue(f"{which}_folder"))
     family.network().double()
     condition = family.null_condition(2).to(torch.float64)
     view, speed = family.denoiser(), torch.tensor([0.3, -0.8], dtype=torch.float64)
     still = torch.zeros_like(speed)
-    # Diffusers takes sines of times, and norms of SD3's queries, in float32, which differences see magnified.
+    # Diffusers takes sines of times, norms of SD3's queries and Sana's linear attention in float32, which differences
+    # see magnified.
     for direction, pace, size, tolerance in (
         (drawn(1), still, 1e-4, 1e-3),
         (torch.zeros_like(drawn(1)), speed, 3e-5, 1e-2),
@@ -110,3 +115,61 @@ def test_the_derivative_of_a_half_precision_network_is_kept_in_float32() -> None
     for difference in (0.0, 1e-2):
         _, slope = bent(FlowSchedule()).jvp(drawn(0).bfloat16(), T, NO_CONDITION, drawn(1), T, difference=difference)
         assert slope.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["sd", "student"])
+def test_differences_are_taken_in_float32_whatever_the_precision_around_them(sd: ModelFamily, name: str) -> None:
+    view = sd.denoiser()
+    if name == "student":
+        cast = Cast(sd, {"teacher": Frozen(), "student": Trained()}, lora={"student": LORA})
+        scramble(cast.parameters("student"))
+        view = cast.denoiser("student")
+    condition, x, direction = sd.null_condition(2), drawn(0, torch.float32), drawn(1, torch.float32)
+    still = torch.zeros(2)
+    with torch.no_grad():
+        said, slope = view.jvp(x, T, condition, direction, still)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside, found = view.jvp(x, T, condition.to(torch.bfloat16), direction, still, difference=1e-2)
+            near = view.jvp(x, T, condition, direction, still, difference=1e-4)
+        outside = view.jvp(x, T, condition, direction, still, difference=1e-4)
+    assert torch.equal(near[0].native, outside[0].native) and torch.equal(near[1], outside[1])
+    assert inside.native.dtype == torch.float32
+    for rough in (found, near[1]):
+        torch.testing.assert_close(rough, slope, rtol=0, atol=2e-2 * float(slope.abs().max()))
+    torch.testing.assert_close(near[0].native, said.native)
+
+
+def test_differences_of_weights_in_half_precision_are_refused_even_below_an_adapter(sd: ModelFamily) -> None:
+    sd.network().bfloat16()
+    cast = Cast(sd, {"teacher": Frozen(), "student": Trained()}, lora={"student": LORA})
+    assert {p.dtype for p in cast.parameters("student").values()} == {torch.float32}
+    x, still = drawn(0, torch.float32), torch.zeros(2)
+    for view in (sd.denoiser(), cast.denoiser("student")):
+        with pytest.raises(UserError, match=r"weights in bfloat16 .*memory\.base: fp32, or difference: 0"):
+            view.jvp(x, T, sd.null_condition(2), x, still, difference=1e-4)
+
+
+def test_forward_mode_runs_compiled_blocks_as_python() -> None:
+    """A compiler need not know of tangents; one that drops them would leave the derivative of the rest alone."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1)).double()
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    def call(module: nn.Module, x_t: Tensor, model_time: Tensor, condition: Condition) -> Tensor:
+        found: Tensor = module(x_t)
+        return found
+
+    view = Denoiser(call, OwnWeights(network), FlowSchedule(), "flow")
+    with torch.no_grad():
+        plain = view.jvp(drawn(0), T, NO_CONDITION, drawn(1), T)
+        for block in network:
+            block.compile(backend=backend)
+        said, slope = view.jvp(drawn(0), T, NO_CONDITION, drawn(1), T)
+        assert not compiled
+        assert torch.equal(said.native, plain[0].native) and torch.equal(slope, plain[1])
+        view(drawn(0), T, NO_CONDITION)
+    assert compiled, "afterwards they are compiled again"

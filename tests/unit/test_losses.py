@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stepdistill.losses import dmd_direction, min_snr_weight, pseudo_loss, vsd_direction, weighted_mse
+from stepdistill.losses import (
+    dmd_direction,
+    min_snr_weight,
+    pseudo_loss,
+    scaled_gradient,
+    taken_early,
+    vsd_direction,
+    weighted_mse,
+)
 from stepdistill.prediction import KINDS, Levels, Prediction, native_target
 from stepdistill.schedule import FlowSchedule, from_scheduler_config
 
@@ -81,3 +89,59 @@ def test_min_snr_weighs_the_error_in_x0_the_same_for_every_kind_of_network(kind:
     native = min_snr_weight(levels, kind, 5.0) * error.square().flatten(1).mean(1)
     snr = ((levels.alpha / levels.sigma) ** 2).flatten()
     torch.testing.assert_close(native, snr.clamp(max=5.0) * (said.x0 - x0).square().flatten(1).mean(1))
+
+
+# ---- gradients that are taken early --------------------------------------------------------------------------------
+
+
+def judge() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 1)).requires_grad_(False)
+
+
+def gradient_of(size: float, precision: torch.dtype | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Of size times the mean of a judge's logits, as `taken_early` hands it on to whatever made the samples."""
+    network = judge()
+    made = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)).to(dtype).float().requires_grad_(True)
+    with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+        taken_early(made.to(dtype), lambda x: size * network(x).float().mean()).backward()
+    return made.grad
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 300.0, 5e4], ids=lambda size: f"{size:g}")
+def test_under_float16_a_gradient_that_is_taken_early_neither_vanishes_nor_overflows(size: float) -> None:
+    exact, found = gradient_of(size, None), gradient_of(size, torch.float16)
+    torch.testing.assert_close(found, exact, rtol=0, atol=5e-3 * float(exact.abs().max()))
+
+
+def test_without_a_scale_the_same_gradient_would_vanish() -> None:
+    network, x = judge(), torch.randn(64, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        (plain,) = torch.autograd.grad(1e-6 * network(x).float().mean(), x, retain_graph=True)
+        assert not plain.any()
+        assert scaled_gradient(1e-6 * network(x).float().mean(), x).any()
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_in_other_precisions_a_gradient_that_is_taken_early_is_the_plain_one(precision: torch.dtype | None) -> None:
+    network, x = judge(), torch.randn(64, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
+        (plain,) = torch.autograd.grad(0.3 * network(x).float().mean(), x)
+    assert torch.equal(gradient_of(0.3, precision), plain)
+
+
+def test_a_scale_is_a_power_of_two_and_changes_no_bit_where_nothing_is_rounded_away() -> None:
+    x = torch.randn(64, 8, requires_grad=True)
+    value = judge()(x).square().mean()
+    (plain,) = torch.autograd.grad(value, x, retain_graph=True)
+    assert torch.equal(scaled_gradient(value, x), plain)
+
+
+def test_half_precision_samples_get_the_gradient_before_it_is_rounded() -> None:
+    """The loss scale of the backward pass that follows finds it whole."""
+    network = judge()
+    x = torch.randn(64, 8, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        loss = taken_early(x, lambda sample: 1e-6 * network(sample).float().mean())
+    (loss * 2.0**15).backward()
+    assert x.grad.any()
