@@ -7,6 +7,7 @@ import importlib
 import itertools
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -24,10 +25,12 @@ from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.cli import app
 from stepdistill.cli_bench import MEASURE
 from stepdistill.cli_models import COMMA
+from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.objectives import OBJECTIVES, resolve
+from stepdistill.recipe import build_objective
 from stepdistill.recipe_sections import PlayerConfig, StageConfig
-from stepdistill.run import train
+from stepdistill.run import train, trained_roles
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +111,21 @@ def check_own_command(where: str, words: list[str]) -> None:
         return
     context = command.make_context(words[0], words[1:])  # a usage error for unknown options
     if words[0] == "train":
-        Recipe.load(context.params["recipe"], context.params["overrides"] or []).resolved()
+        check_recipe(where, Recipe.load(context.params["recipe"], context.params["overrides"] or []))
+
+
+def check_recipe(where: str, recipe: Recipe) -> None:
+    """What a run refuses before its first step, as far as it needs no teacher."""
+    recipe.resolved()
+    for index, stage in enumerate(recipe.stages):
+        objective = build_objective(stage.objective, f"{where}: stages.{index}.objective")
+        stage.check_roles(trained_roles(objective), f"{where}: stages.{index}")
+
+
+def test_a_command_whose_players_its_objective_does_not_train_would_be_seen() -> None:
+    own = "stages.0.objective={name: own_objective:Regression}"
+    with pytest.raises(UserError, match=r"here: stages\.0\.players\.critic: unknown role"):
+        check_own_command("here", ["train", "shapes/vsd_1step", own])
 
 
 def check_bench(where: str, group: Any, words: list[str]) -> None:
@@ -147,6 +164,9 @@ def test_the_objective_in_the_readme_is_the_one_in_the_examples() -> None:
     fields = [[(f.name, f.default) for f in dataclasses.fields(kind)] for kind in (names["Regression"], example)]
     assert fields[0] == fields[1]
     assert names["Regression"]().inference() == example().inference()
+    ((_, trained),) = [b for b in blocks("bash") if "own_objective:" in b[1]]
+    printed = str(sys.modules["own_objective"].__doc__).partition("Run it:")[2]
+    assert printed.split() == trained.replace("\\\n", "").split(), "the example's docstring prints another command"
 
 
 def test_every_relative_link_leads_to_a_file() -> None:
