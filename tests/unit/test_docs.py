@@ -28,7 +28,7 @@ from stepdistill.cli_models import COMMA
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.objectives import OBJECTIVES, resolve
-from stepdistill.recipe import build_objective
+from stepdistill.recipe import build_objective, bundled_recipes
 from stepdistill.recipe_sections import PlayerConfig, StageConfig
 from stepdistill.run import train, trained_roles
 
@@ -126,6 +126,63 @@ def test_a_command_whose_players_its_objective_does_not_train_would_be_seen() ->
     own = "stages.0.objective={name: own_objective:Regression}"
     with pytest.raises(UserError, match=r"here: stages\.0\.players\.critic: unknown role"):
         check_own_command("here", ["train", "shapes/vsd_1step", own])
+
+
+def test_a_run_that_a_page_samples_measures_or_exports_is_one_that_it_trains() -> None:
+    bundled = [Recipe.load(file) for file in bundled_recipes().values()]
+    trained: dict[str, list[Recipe]] = {}
+    made: dict[str, list[str]] = {}
+    found = [(where.partition("#")[0], words[1:]) for where, words in commands() if words[0] == "stepdistill"]
+    for page, words in found:
+        given = parameters(words)
+        if words[0] == "train":
+            trained.setdefault(page, []).append(Recipe.load(given["recipe"], given["overrides"] or []))
+        elif words[0] in ("export", "merge"):
+            made.setdefault(page, []).append(str(given["output"]))
+    seen = 0
+    for page, words in found:
+        for run in used_runs(words):
+            recipes = [recipe for recipe in [*trained.get(page, []), *bundled] if recipe.output == run]
+            assert recipes or run in made.get(page, []), f"{page}: nothing makes the folder of {' '.join(words)}"
+            seen += 1
+            checkpoint = parameters(words)["checkpoint"] if words[0] == "export" else None
+            if checkpoint is not None:
+                name = str(int(checkpoint.removeprefix("step-"))) if "stage" not in checkpoint else checkpoint
+                kept = {name for recipe in recipes for name in kept_checkpoints(recipe)}
+                assert name in kept, f"{page}: {run} keeps {', '.join(sorted(kept))} and no {name}"
+    assert seen > 10, "the documents have lost their runs"
+
+
+def parameters(words: list[str]) -> dict[str, Any]:
+    command = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    if words[0] == "bench":
+        name = words[1] if words[1] in command.commands else MEASURE
+        command, words = command.commands[name], words[words[1] == name :]
+    found: dict[str, Any] = command.make_context(words[0], words[1:]).params
+    return found
+
+
+def used_runs(words: list[str]) -> list[str]:
+    """The folders runs/X that a command reads models from."""
+    if words[0] not in ("sample", "bench", "export"):
+        return []
+    given = parameters(words)
+    models = [given.get(key) for key in ("model", "models", "run", "base")]
+    several = [value if isinstance(value, list | tuple) else [value] for value in models if value]
+    texts = [str(text) for value in several for text in value]
+    paths = [COMMA.split(text)[0].rpartition("=")[2] for text in texts]
+    return ["/".join(path.split("/")[:2]) for path in paths if path.startswith("runs/")]
+
+
+def kept_checkpoints(recipe: Recipe) -> set[str]:
+    """What `stepdistill export --checkpoint` finds when a run is over."""
+    numbers, before = list[int](), 0
+    for stage in recipe.stages:
+        due = [k for k in range(1, stage.steps + 1) if k == stage.steps or k % recipe.checkpoints.every == 0]
+        numbers += [before + k for k in due]
+        before += stage.steps
+    ends = {f"stage-{index}" for index in range(len(recipe.stages))}
+    return ends | {str(number) for number in numbers[-recipe.checkpoints.keep :]}
 
 
 def check_bench(where: str, group: Any, words: list[str]) -> None:
