@@ -26,7 +26,8 @@ from stepdistill.cli import app
 from stepdistill.cli_bench import MEASURE
 from stepdistill.cli_models import COMMA
 from stepdistill.errors import UserError
-from stepdistill.families import FAMILIES
+from stepdistill.families import FAMILIES, family_class
+from stepdistill.families.tiny import TINY_PIPELINES
 from stepdistill.objectives import OBJECTIVES, resolve
 from stepdistill.recipe import build_objective, bundled_recipes
 from stepdistill.recipe_sections import PlayerConfig, StageConfig
@@ -298,6 +299,19 @@ def test_every_option_of_an_objective_is_on_its_page(name: str) -> None:
     headings = re.findall(r"^## (.*)$", page, re.M)
     assert headings == ["Idea in three sentences", "Equations and where they are in the code",
                         "Recipe and its paper quotes", "Results", "What goes wrong"]  # fmt: skip
+
+
+def test_the_tiny_teachers_of_the_recipes_page_are_those_that_there_are() -> None:
+    said = re.search(r"real one: NAME is (.*?)\. ", (ROOT / "docs/recipes.md").read_text(), re.S)
+    assert said is not None
+    assert set(re.findall(r"\w+", said[1].replace("(v-prediction)", ""))) - {"or"} == set(TINY_PIPELINES)
+
+
+def test_the_readme_says_which_families_have_no_lora_files() -> None:
+    said = re.search(r"LoRA files for (.*?) \(Diffusers has no loader", (ROOT / "README.md").read_text(), re.S)
+    assert said is not None
+    without = {kind.name for kind in map(family_class, FAMILIES) if not kind.supports_lora_loading}
+    assert set(re.findall(r"`(\w+)`", said[1])) == without
 
 
 def test_every_key_of_a_recipe_is_on_the_recipes_page() -> None:
