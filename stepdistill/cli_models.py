@@ -67,7 +67,11 @@ def parse_models(
 
 
 def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
-    """How a model is called: as given, else as its distillation_config.json says, else like a teacher."""
+    """How a model is called: as given, else as its distillation_config.json says, else like a teacher.
+
+    Raises:
+        UserError: an unknown or ill-typed key, or a run that has not exported anything.
+    """
     from stepdistill.bench.generate import ModelUnderTest
     from stepdistill.options import build_dataclass
 
@@ -76,6 +80,8 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
     if (folder / "adapter").is_dir() and not given.get("adapter"):  # a run whose student is a guidance adapter
         given = {**given, "adapter": str(folder / "adapter")}
         path = facts_of(folder / "adapter").get("teacher", path)
+    if path == folder:
+        _check_run(folder)
     options: dict[str, Any] = {
         "name": folder.name, "path": str(path) if folder.exists() else model, "steps": PLAIN_STEPS,
         "guidance_scale": PLAIN_GUIDANCE,
@@ -97,6 +103,30 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
         options["steps"] = len(options["timesteps"])
     tested: ModelUnderTest = build_dataclass(ModelUnderTest, options, f"model {model}")
     return tested
+
+
+def _check_run(folder: Path) -> None:
+    """Raises UserError, with what to do, where a run's folder holds nothing that can be called."""
+    from stepdistill.recipe import Recipe
+    from stepdistill.routed import is_routed
+    from stepdistill.run_folder import RunFolder
+
+    file = folder / "recipe.yaml"
+    if not file.is_file() or (folder / "model_index.json").is_file() or is_routed(folder):
+        return
+    recipe = Recipe.load(file)
+    if recipe.multi_student is not None and recipe.multi_student.part is None:
+        raise UserError(f"{folder}: not all of this run's students are trained; give its train command again, or one "
+                        f"of them, such as {folder}/student-0")  # fmt: skip
+    if not recipe.export.pipeline:
+        beside = f"call its LoRA {folder}/lora on {recipe.teacher}, or " if (folder / "lora").is_dir() else ""
+        raise UserError(f"{folder}: this run has no pipeline, since its recipe has export.pipeline: false; {beside}"
+                        f"set it to true in {file}, then: stepdistill export {folder}")  # fmt: skip
+    names = RunFolder(folder).named()
+    if not names:
+        raise UserError(f"{folder}: this run has no pipeline and no checkpoint yet; give its train command again")
+    steps = [name for name in names if name.isdigit()] or names
+    raise UserError(f"{folder}: this run has no pipeline yet; stepdistill export {folder} --checkpoint {steps[-1]}")
 
 
 def _home(lora: str) -> Path:
