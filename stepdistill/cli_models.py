@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PLAIN_STEPS, PLAIN_GUIDANCE = 25, 3.0  # for models that do not say how they want to be called, such as teachers
 HeightOption = Annotated[int | None, typer.Option(min=1, help="Of the images, in pixels. Default: the model's own.")]
 WidthOption = Annotated[int | None, typer.Option(min=1, help="The same.")]
+OF_BASE = ("base_replaces", "base_steps", "base_guidance")
 COMMA = re.compile(r",(?![^\[]*\])")  # one that is not within brackets
 
 
@@ -94,6 +95,10 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
     facts = {**beside, **own, **told}
     options |= {key: facts[key] for key in ("steps", "guidance_scale", "eta") if key in facts}
     given = {key: value for key, value in given.items() if value is not None}
+    alone = [] if "base" in given else [key for key in OF_BASE if key in given]
+    if alone:
+        raise UserError(f"model {model}: {alone[0]} does nothing without a base; add --base MODEL, in a list of "
+                        "models base=MODEL")  # fmt: skip
     if given.get("lora") and (home / "scheduler").is_dir():
         options["scheduler"] = str(home / "scheduler")
     elif given.get("lora") and not own:
@@ -127,6 +132,17 @@ def _check_run(folder: Path) -> None:
         raise UserError(f"{folder}: this run has no pipeline and no checkpoint yet; give its train command again")
     steps = [name for name in names if name.isdigit()] or names
     raise UserError(f"{folder}: this run has no pipeline yet; stepdistill export {folder} --checkpoint {steps[-1]}")
+
+
+def recipe_hash(models: Sequence[ModelUnderTest]) -> str | None:
+    """The hash of the recipe that made all students among models; None where they are of several, or of none."""
+    found = set()
+    for model in models:
+        places = [Path(model.path), *([_home(model.lora)] if model.lora else [])]
+        places += [Path(model.adapter)] if model.adapter else []
+        found |= {facts.get("recipe_sha256") for facts in map(facts_of, places) if facts}
+    (only,) = found if len(found) == 1 else (None,)
+    return only if isinstance(only, str) else None
 
 
 def _home(lora: str) -> Path:

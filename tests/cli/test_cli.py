@@ -336,6 +336,36 @@ def test_bench_measures_the_models_and_prints_the_table(
 
 
 @pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["one", "teacher"], "aaa"),
+        (["one,steps=2,name=x", "teacher,lora=one/lora", "teacher+one/file.safetensors"], "aaa"),
+        (["one", "two"], None), (["one", "older"], None), (["teacher"], None),
+    ],
+)  # fmt: skip
+def test_a_report_knows_the_recipe_if_all_students_are_of_one(
+    words: list[str], found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run, known in (("one", {"recipe_sha256": "aaa"}), ("two", {"recipe_sha256": "bbb"}), ("older", {"seed": 0})):
+        for part in ("pipeline", "lora"):
+            facts(tmp_path / run / part, steps=1, guidance_scale=1.0, **known)
+        (tmp_path / run / "pipeline/model_index.json").write_text("{}")
+    (tmp_path / "one/file.safetensors").write_text("")
+    facts(tmp_path / "one", steps=1, guidance_scale=1.0, recipe_sha256="aaa")
+    (tmp_path / "teacher").mkdir()
+    seen: dict[str, Any] = {}
+
+    def run_benchmark(models: Any, **options: Any) -> Any:
+        seen.update(options)
+        return types.SimpleNamespace(to_table=lambda: "the table")
+
+    monkeypatch.setattr("stepdistill.bench.benchmark.run_benchmark", run_benchmark)
+    assert call(monkeypatch, "bench", *words) == 0
+    assert seen["provenance"].recipe_sha256 == found
+
+
+@pytest.mark.parametrize(
     ("topic", "words"),
     [
         ("objectives", ["dmd2", "vsd", "denoising", "critic_updates"]),
