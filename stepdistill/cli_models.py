@@ -95,10 +95,7 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
     facts = {**beside, **own, **told}
     options |= {key: facts[key] for key in ("steps", "guidance_scale", "eta") if key in facts}
     given = {key: value for key, value in given.items() if value is not None}
-    alone = [] if "base" in given else [key for key in OF_BASE if key in given]
-    if alone:
-        raise UserError(f"model {model}: {alone[0]} does nothing without a base; add --base MODEL, in a list of "
-                        "models base=MODEL")  # fmt: skip
+    _check_base(model, given)
     if given.get("lora") and (home / "scheduler").is_dir():
         options["scheduler"] = str(home / "scheduler")
     elif given.get("lora") and not own:
@@ -108,6 +105,14 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
         options["steps"] = len(options["timesteps"])
     tested: ModelUnderTest = build_dataclass(ModelUnderTest, options, f"model {model}")
     return tested
+
+
+def _check_base(model: str, given: Mapping[str, Any]) -> None:
+    """Raises UserError for what is said of a base that there is not."""
+    alone = [] if "base" in given else [key for key in OF_BASE if key in given]
+    if alone:
+        raise UserError(f"model {model}: {alone[0]} does nothing without a base; add --base MODEL, in a list of "
+                        "models base=MODEL")  # fmt: skip
 
 
 def _check_run(folder: Path) -> None:
