@@ -4,7 +4,8 @@ Regression on the teacher's samples (Luhman and Luhman 2021, arXiv:2101.02388). 
 update costs the teacher's whole sampler; the student's images are blurred where the teacher's answer is sharp. Run it:
 
     PYTHONPATH=examples stepdistill train shapes/vsd_1step name=regression output=runs/regression \
-        stages.0.objective="{name: own_objective:Regression, guidance: 3.0, teacher_steps: 8}"
+        stages.0.objective="{name: own_objective:Regression, guidance: 3.0, teacher_steps: 8}" \
+        stages.0.players="{default: {optimizer: {lr: 1e-4}}}"
 """
 
 from __future__ import annotations

@@ -119,6 +119,7 @@ def train(
         typer.echo(loaded.resolved().to_yaml(), nl=False)
         return
     if smoke:
+        _check_smoke(resume, num_processes, shard=shard)
         from stepdistill.smoke import run_smoke
 
         _hide_loading_bars()
@@ -149,6 +150,14 @@ def _options(resume: bool | None, *, quiet: bool) -> list[str]:
     """The words that say the same to the processes."""
     again = [] if resume is None else ["--resume" if resume else "--fresh"]
     return [*again, *(["--quiet"] if quiet else [])]
+
+
+def _check_smoke(resume: bool | None, num_processes: int, *, shard: bool) -> None:
+    """Refuses what would have no effect."""
+    again = _options(resume, quiet=False)
+    for option in [*again, *(["--num-processes"] if num_processes > 1 else []), *(["--shard"] if shard else [])]:
+        raise UserError(f"{option} does nothing with --smoke, which begins in a temporary folder and in one process; "
+                        "leave one of them out")  # fmt: skip
 
 
 def _in_processes(recipe: Recipe, words: Sequence[str], count: int, *, shard: bool) -> int:
@@ -200,9 +209,11 @@ def sample(  # noqa: PLR0913  # an argument is an option of the command
     base: Annotated[
         str | None, typer.Option(help="Model that makes the first steps, such as MODEL's teacher: hybrid sampling.")
     ] = None,
-    base_replaces: Annotated[int, typer.Option(min=1, help="How many of MODEL's steps the base does.")] = 1,
+    base_replaces: Annotated[
+        int | None, typer.Option(min=1, help="How many of MODEL's steps the base does. Default: 1.")
+    ] = None,
     base_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the base. Default: as many.")] = None,
-    base_guidance: Annotated[float, typer.Option(min=0, help="The base's guidance scale.")] = PLAIN_GUIDANCE,
+    base_guidance: Annotated[float | None, typer.Option(min=0, help="The base's guidance scale. Default: 3.")] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Also draw what every step predicts.")] = False,
     rule: Annotated[str | None, typer.Option(help="Function that divides prompts among several students.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
@@ -212,7 +223,7 @@ def sample(  # noqa: PLR0913  # an argument is an option of the command
 
     hybrid = {"base": base, "base_replaces": base_replaces, "base_steps": base_steps, "base_guidance": base_guidance}
     given = {"steps": steps, "guidance_scale": guidance_scale, "lora": lora, "adapter": adapter, "rule": rule}
-    given |= {"height": height, "width": width, **(hybrid if base is not None else {})}
+    given |= {"height": height, "width": width, **hybrid}
     called = _model_under_test(model, given)
     avoid = Avoid.of(negative_prompt, nasa, nag)
     _hide_loading_bars()

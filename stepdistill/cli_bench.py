@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stepdistill.cli_models import HeightOption, WidthOption, parse_models
+from stepdistill.cli_models import HeightOption, WidthOption, parse_models, recipe_hash
 from stepdistill.errors import UserError
 from stepdistill.terminal import device_of, hide_loading_bars, open_console
 
@@ -104,7 +104,7 @@ def measure(  # noqa: PLR0913  # an argument is an option of the command
     calls = _calls(nfe)
     size = {"height": height, "width": width}
     tested = [cell for text in [*(models or []), *(model or [])] for cell in parse_models(text, calls, size)]
-    from stepdistill.bench.benchmark import Options, run_benchmark
+    from stepdistill.bench.benchmark import Options, Provenance, run_benchmark
     from stepdistill.bench.cells import Share
 
     hide_loading_bars()
@@ -117,6 +117,7 @@ def measure(  # noqa: PLR0913  # an argument is an option of the command
         report = run_benchmark(
             tested, protocol=chosen, output=output, device=_own_device(device_of(device)), batch_size=batch_size,
             seed=_seed(protocol) if seed is None else seed, on_progress=tell, options=options,
+            provenance=Provenance(recipe_sha256=recipe_hash(tested)),
         )  # fmt: skip
     if share.index == 0:
         console.print(report.to_table())

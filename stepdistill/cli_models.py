@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PLAIN_STEPS, PLAIN_GUIDANCE = 25, 3.0  # for models that do not say how they want to be called, such as teachers
 HeightOption = Annotated[int | None, typer.Option(min=1, help="Of the images, in pixels. Default: the model's own.")]
 WidthOption = Annotated[int | None, typer.Option(min=1, help="The same.")]
+OF_BASE = ("base_replaces", "base_steps", "base_guidance")
 COMMA = re.compile(r",(?![^\[]*\])")  # one that is not within brackets
 
 
@@ -67,7 +68,11 @@ def parse_models(
 
 
 def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
-    """How a model is called: as given, else as its distillation_config.json says, else like a teacher."""
+    """How a model is called: as given, else as its distillation_config.json says, else like a teacher.
+
+    Raises:
+        UserError: an unknown or ill-typed key, or a run that has not exported anything.
+    """
     from stepdistill.bench.generate import ModelUnderTest
     from stepdistill.options import build_dataclass
 
@@ -76,6 +81,8 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
     if (folder / "adapter").is_dir() and not given.get("adapter"):  # a run whose student is a guidance adapter
         given = {**given, "adapter": str(folder / "adapter")}
         path = facts_of(folder / "adapter").get("teacher", path)
+    if path == folder:
+        _check_run(folder)
     options: dict[str, Any] = {
         "name": folder.name, "path": str(path) if folder.exists() else model, "steps": PLAIN_STEPS,
         "guidance_scale": PLAIN_GUIDANCE,
@@ -88,6 +95,7 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
     facts = {**beside, **own, **told}
     options |= {key: facts[key] for key in ("steps", "guidance_scale", "eta") if key in facts}
     given = {key: value for key, value in given.items() if value is not None}
+    _check_base(model, given)
     if given.get("lora") and (home / "scheduler").is_dir():
         options["scheduler"] = str(home / "scheduler")
     elif given.get("lora") and not own:
@@ -97,6 +105,49 @@ def model_under_test(model: str, given: dict[str, Any]) -> ModelUnderTest:
         options["steps"] = len(options["timesteps"])
     tested: ModelUnderTest = build_dataclass(ModelUnderTest, options, f"model {model}")
     return tested
+
+
+def _check_base(model: str, given: Mapping[str, Any]) -> None:
+    """Raises UserError for what is said of a base that there is not."""
+    alone = [] if "base" in given else [key for key in OF_BASE if key in given]
+    if alone:
+        raise UserError(f"model {model}: {alone[0]} does nothing without a base; add --base MODEL, in a list of "
+                        "models base=MODEL")  # fmt: skip
+
+
+def _check_run(folder: Path) -> None:
+    """Raises UserError, with what to do, where a run's folder holds nothing that can be called."""
+    from stepdistill.recipe import Recipe
+    from stepdistill.routed import is_routed
+    from stepdistill.run_folder import RunFolder
+
+    file = folder / "recipe.yaml"
+    if not file.is_file() or (folder / "model_index.json").is_file() or is_routed(folder):
+        return
+    recipe = Recipe.load(file)
+    if recipe.multi_student is not None and recipe.multi_student.part is None:
+        raise UserError(f"{folder}: not all of this run's students are trained; give its train command again, or one "
+                        f"of them, such as {folder}/student-0")  # fmt: skip
+    if not recipe.export.pipeline:
+        beside = f"call its LoRA {folder}/lora on {recipe.teacher}, or " if (folder / "lora").is_dir() else ""
+        raise UserError(f"{folder}: this run has no pipeline, since its recipe has export.pipeline: false; {beside}"
+                        f"set it to true in {file}, then: stepdistill export {folder}")  # fmt: skip
+    names = RunFolder(folder).named()
+    if not names:
+        raise UserError(f"{folder}: this run has no pipeline and no checkpoint yet; give its train command again")
+    steps = [name for name in names if name.isdigit()] or names
+    raise UserError(f"{folder}: this run has no pipeline yet; stepdistill export {folder} --checkpoint {steps[-1]}")
+
+
+def recipe_hash(models: Sequence[ModelUnderTest]) -> str | None:
+    """The hash of the recipe that made all students among models; None where they are of several, or of none."""
+    found = set()
+    for model in models:
+        places = [Path(model.path), *([_home(model.lora)] if model.lora else [])]
+        places += [Path(model.adapter)] if model.adapter else []
+        found |= {facts.get("recipe_sha256") for facts in map(facts_of, places) if facts}
+    (only,) = found if len(found) == 1 else (None,)
+    return only if isinstance(only, str) else None
 
 
 def _home(lora: str) -> Path:

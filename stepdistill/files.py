@@ -8,6 +8,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stepdistill.errors import UserError, first_line
+
+
+@contextmanager
+def writing(path: Path, remedy: str = "make room and give the same command again") -> Iterator[None]:
+    """Around what writes a file or a folder: a full disk or a missing permission is told with the place.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
+        raise UserError(f"{path} could not be written ({why(error)}); {remedy}") from error
+
+
+def why(error: Exception) -> str:
+    """What the system says, without the number and the file that Python adds."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.base import ModelFamily
+from stepdistill.files import why, write_whole
 from stepdistill.objectives.base import InferenceSpec
 from stepdistill.prediction import add_noise
 from stepdistill.sampling import ddim, student_samples
@@ -52,6 +54,8 @@ class Previews:
     ) -> Path | None:
         """=> previews/step-*.png. The teacher's row is made once; without a teacher there is only the student's.
 
+        A grid that cannot be written is a warning, and None.
+
         With a critic, the student's row becomes the first of a triptych: below it, the clean images that teacher and
         critic see in the student's noised samples. Where these two differ is where the student is sent.
         """
@@ -66,9 +70,17 @@ class Previews:
                 rows |= self._guesses(x0, teacher, critic)
         if self.folder is None:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:07d}.png"
-        labelled_grid(rows, self.prompts).save(path)
+        return self._save(labelled_grid(rows, self.prompts), self.folder / f"step-{step:07d}.png")
+
+    def _save(self, picture: Image.Image, path: Path) -> Path | None:
+        """=> the file; None if there is no room for it, since the checkpoint of this step is still to be written."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda new: picture.save(new, format="png"))
+        except OSError as error:
+            text = f"{path} could not be written ({why(error)}); the run goes on without this preview"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+            return None
         return path
 
     def _few_steps(self, student: Denoiser, noise: Tensor) -> Tensor:

@@ -32,12 +32,12 @@ from stepdistill.recipe_sections import (
     MultiStudentConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    Place,
     PreviewConfig,
     Section,
     StageConfig,
     StudentConfig,
     TeacherLora,
-    Text,
 )
 from stepdistill.recipe_text import apply_override, dump_yaml, explain, nearest, parse_yaml, to_json
 from stepdistill.resources.config import Attention, MemoryConfig
@@ -56,10 +56,10 @@ class Recipe(Section):
     """A complete description of one run; equal recipes on equal machines give equal weights."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-    output: Text = Field(default_factory=lambda known: f"runs/{known.get('name', '')}")
+    output: Place = Field(default_factory=lambda known: f"runs/{known.get('name', '')}")
     seed: CountOrZero = 0
-    teacher: Text
-    teacher_config: Text | None = None
+    teacher: Place
+    teacher_config: Place | None = None
     teacher_loras: tuple[TeacherLora, ...] = ()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"

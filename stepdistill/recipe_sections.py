@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from stepdistill.errors import UserError
@@ -30,6 +31,7 @@ NotNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]  # a path that may begin with ~, or the name of something
 Schedule = Literal[
     # The names of diffusers.optimization.get_scheduler, without piecewise_constant, which needs rules of its own.
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
@@ -119,7 +121,7 @@ class StageConfig(Section):
     accumulate: Count = 1
     checkpointing: bool = False
     players: Mapping[Text, PlayerConfig] = Field(default_factory=dict)
-    starts: Mapping[Text, Text] = Field(default_factory=dict)
+    starts: Mapping[Text, Place] = Field(default_factory=dict)
 
     @field_validator("players")
     @classmethod
@@ -152,13 +154,13 @@ class DataConfig(Section):
     ``cache_folder`` is one that ``stepdistill data cache`` has made; ``buckets`` are sizes of images, width x height.
     """
 
-    prompts: Text
+    prompts: Place
     count: Count | None = None
-    images: Text | None = None
-    pairs: Text | None = None
+    images: Place | None = None
+    pairs: Place | None = None
     make_pairs: dict[str, Any] | None = None
     cache: bool = True
-    cache_folder: Text | None = None
+    cache_folder: Place | None = None
     size: Count | None = None
     buckets: Literal["auto"] | tuple[Text, ...] | None = None
     workers: CountOrZero = 0
@@ -173,7 +175,7 @@ class StudentConfig(Section):
 class TeacherLora(Section):
     """A LoRA that is merged into the teacher: where it is, and how strongly it counts (1 is as it was trained)."""
 
-    path: Text
+    path: Place
     scale: Number = 1.0
 
 
@@ -235,7 +237,7 @@ class BenchConfig(Section):
     batch_size: Count = 64
     teacher_steps: Count = 25
     teacher_guidance: NotNegative = 3.0
-    evaluator: Text = "assets/shapes/clip"
+    evaluator: Place = "assets/shapes/clip"
 
 
 class MultiStudentConfig(Section):

@@ -24,6 +24,7 @@ from stepdistill.assets import resolve_model_path
 from stepdistill.errors import UserError, first_line
 from stepdistill.labels import class_label
 from stepdistill.partition import Embedder, Partition, Router, load_partition
+from stepdistill.stock_files import loading_errors, reason
 
 
 STUDENTS_FILE = "students.json"
@@ -240,8 +241,8 @@ def _with_networks(places: Sequence[Path], dtype: torch.dtype) -> Any:
     for place in places[1:]:
         try:
             networks.append(kind.from_pretrained(place, subfolder=name, dtype=dtype, use_safetensors=True))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{place}: the student cannot be loaded ({first_line(error)})") from error
+        except loading_errors() as error:
+            raise UserError(f"{place}: the student cannot be loaded ({reason(str(place), error)})") from error
     first.register_modules(**{name: RoutedNetwork([network.eval() for network in networks])})
     return first
 
@@ -282,8 +283,8 @@ def _loaded(path: str, dtype: torch.dtype) -> Any:
 
     try:
         return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be loaded as a Diffusers pipeline ({first_line(error)})") from error
+    except loading_errors() as error:
+        raise UserError(f"{path}: cannot be loaded as a Diffusers pipeline ({reason(path, error)})") from error
 
 
 def _network_name(pipeline: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.console import Display
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.small_options import small_objective, small_pairs
 
 
@@ -145,8 +145,6 @@ def family_of(recipe: Recipe) -> str:
 
 def _family_by_files(recipe: Recipe) -> str | None:
     """What the teacher's own files say, as far as they are on this machine; nothing is downloaded."""
-    import json
-
     from stepdistill.assets import resolve_bundled
     from stepdistill.families import FAMILIES, family_class
 
@@ -154,12 +152,22 @@ def _family_by_files(recipe: Recipe) -> str | None:
     index, scheduler = (_local_file(place, name) for name in ("model_index.json", "scheduler/scheduler_config.json"))
     if index is None:
         return None
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    kind = _read(index).get("_class_name")
     name = family_class(kind).name if kind in FAMILIES else None
-    predicts = {} if scheduler is None else json.loads(scheduler.read_text(encoding="utf-8"))
+    predicts = {} if scheduler is None else _read(scheduler)
     if name == "sd" and predicts.get("prediction_type") == "v_prediction":
         return "sd21"
     return name
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    import json
+
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--smoke: {file} is damaged ({first_line(error)}); copy or download it again") from error
+    return content
 
 
 def _local_file(place: Path, name: str) -> Path | None:

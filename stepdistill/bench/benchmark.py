@@ -39,6 +39,7 @@ from stepdistill.bench.quality import series
 from stepdistill.bench.scorer import Scorer
 from stepdistill.bench.study import Progress, Study
 from stepdistill.errors import UserError
+from stepdistill.files import writing
 
 
 __all__ = ["Options", "Progress", "Provenance", "Scorer", "run_benchmark"]
@@ -118,7 +119,7 @@ def run_benchmark(  # noqa: PLR0913  # what the command asks for
         The report. Processes but the first return one without rows, and write none.
 
     Raises:
-        UserError: if no model is given, two have one name, or one cannot be loaded.
+        UserError: if no model is given, two have one name, one cannot be loaded, or the disk is full.
     """
     _check(models, batch_size)
     if isinstance(protocol, ShapesProtocol):
@@ -146,7 +147,8 @@ def run_benchmark(  # noqa: PLR0913  # what the command asks for
     if options.share.index == 0:
         samples = {name: _samples(cell.load(study.num_images), study.images_per_prompt)
                    for name, (cell, _) in stored.items()}  # fmt: skip
-        _write(found, samples, study.prompts, output)
+        with writing(output):
+            _write(found, samples, study.prompts, output)
     return found
 
 
@@ -200,7 +202,9 @@ class Runner:
         if self.options.share.index == 0 and cell.remembered() is None:
             size = sum(p.numel() for network in denoisers(pipeline) for p in network.parameters())
             with metered(pipeline) as meter:
-                cell.remember({"latency_ms": _latency_ms(painter, meter.now), "parameters": size})
+                latency = _latency_ms(painter, meter.now)
+            with writing(cell.folder):
+                cell.remember({"latency_ms": latency, "parameters": size})
         if len(batches) == 1:
             painter(self._jobs(batches[0]))  # time leaves out a process's first batch, which also warms up
         with metered(pipeline) as meter:
@@ -221,10 +225,12 @@ class Runner:
         kept = {job: seen[i] for i, job in enumerate(batch) if self._jobs([job])[0][0] < self.study.kept_prompts}
         if self.options.save_images:
             folder = self.output / "images" / cell.slug
-            folder.mkdir(parents=True, exist_ok=True)
-            for (prompt, k), image in zip(self._jobs(batch), seen, strict=True):
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{prompt:06d}-{k}.png")
-        cell.save(batch, values, kept, cost, peak)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                for (prompt, k), image in zip(self._jobs(batch), seen, strict=True):
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{prompt:06d}-{k}.png")
+        with writing(cell.folder):
+            cell.save(batch, values, kept, cost, peak)
 
     def _look(self, observer: Observer, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if not self.options.exact:

@@ -23,6 +23,7 @@ from stepdistill.errors import UserError, first_line
 from stepdistill.hybrid import HybridPipeline
 from stepdistill.routed import RoutedNetwork
 from stepdistill.seeds import own_randomness
+from stepdistill.stock_files import loading_errors, reason
 
 
 if TYPE_CHECKING:
@@ -130,11 +131,7 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu", bare: bool = Fa
     if model.precision not in PRECISIONS:
         raise UserError(f"{model.name}: precision {model.precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
     path, dtype = resolve_model_path(model.path), PRECISIONS[model.precision]
-    try:
-        pipeline = open_pipeline(model, path, dtype)
-    except (OSError, ValueError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(f"{model.name}: {path} cannot be loaded as a Diffusers pipeline ({reason})") from error
+    pipeline = _opened(model, path, dtype)
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"{model.name}: {type(pipeline).__name__} takes no prompt; the benchmark needs text-to-image")
     check_size(pipeline, model.size_options, model.name)
@@ -152,6 +149,18 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu", bare: bool = Fa
         if isinstance(part, nn.Module) and any(p.dtype != dtype for p in part.parameters()):
             part.to(dtype)
     return _with_base(pipeline.to(device), model, bare)
+
+
+def _opened(model: ModelUnderTest, path: str, dtype: torch.dtype) -> Any:
+    try:
+        return open_pipeline(model, path, dtype)
+    except UserError as error:
+        if str(error).startswith(f"{model.name}: "):
+            raise
+        raise UserError(f"{model.name}: {error}") from error
+    except loading_errors() as error:
+        why = reason(path, error)
+        raise UserError(f"{model.name}: {path} cannot be loaded as a Diffusers pipeline ({why})") from error
 
 
 def _with_base(pipeline: Any, model: ModelUnderTest, bare: bool) -> Any:
@@ -186,9 +195,9 @@ def _load_lora(pipeline: DiffusionPipeline, model: ModelUnderTest) -> None:
     except AttributeError as error:
         kind = type(pipeline).__name__
         raise UserError(f"{model.name}: {kind} cannot load LoRA weights; give a folder with merged ones") from error
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"{model.name}: {model.lora} cannot be loaded as LoRA weights ({reason})") from error
+    except loading_errors() as error:
+        why = first_line(error)
+        raise UserError(f"{model.name}: {model.lora} cannot be loaded as LoRA weights ({why})") from error
 
 
 def _scheduler(model: ModelUnderTest, present: Any) -> Any:

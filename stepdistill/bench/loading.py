@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, first_line
 from stepdistill.routed import RoutedPipeline, is_routed, load_students
+from stepdistill.stock_files import load_single_file
 
 
 if TYPE_CHECKING:
@@ -25,46 +25,19 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CHECKS = ("safety_checker", "watermarker")  # components that judge or mark images, and make none
 
 
-def load_single_file(path: str, config: str | None, dtype: torch.dtype) -> DiffusionPipeline:
-    """One file of weights, as other programs pass them around => pipeline.
-
-    Args:
-        path: safetensors file.
-        config: Diffusers folder or hub id with the other files; None takes the hub id that Diffusers finds by looking
-            at the weights.
-        dtype: of all parts.
-
-    Raises:
-        UserError: the file is no safetensors.
-        OSError, ValueError: what Diffusers says to files that do not fit.
-    """
-    import diffusers
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-
-    if Path(path).suffix != ".safetensors":
-        raise UserError(f"{path}: only safetensors files are read; convert it, or give a Diffusers folder")
-    if config is None:
-        config = str(fetch_diffusers_config(load_single_file_checkpoint(path))["pretrained_model_name_or_path"])
-    offline = bool(os.environ.get("HF_HUB_OFFLINE"))
-    index = diffusers.DiffusionPipeline.load_config(config, local_files_only=offline)
-    kind: Any = getattr(diffusers, index["_class_name"])
-    pipeline: DiffusionPipeline = kind.from_single_file(path, config=config, dtype=dtype, local_files_only=offline)
-    return pipeline
-
-
 def open_pipeline(model: ModelUnderTest, path: str, dtype: torch.dtype) -> Any:
     """A Diffusers folder or hub id, one file of weights, or a folder of several students => pipeline.
 
     Raises:
-        UserError: students that cannot be loaded; one file that is no safetensors.
-        OSError, ValueError, AttributeError: what Diffusers says to what it cannot load.
+        UserError: students or one file that cannot be loaded.
+        Exception: of `stock_files.loading_errors`, what Diffusers says to a folder that it cannot load.
     """
     from diffusers import DiffusionPipeline
 
     if is_routed(path):
         return _load_several(model, path, dtype)
     if Path(path).is_file():
-        return load_single_file(path, model.config, dtype)
+        return load_single_file(Path(path), model.config, where=model.name, key="config", dtype=dtype, download=True)
     return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
 
 

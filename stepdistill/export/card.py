@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.export.pipeline import FACTS_FILE
+from stepdistill.files import write_whole, writing
 
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def write_card(
 
     Returns:
         The file.
+
+    Raises:
+        UserError: it could not be written.
     """
     from huggingface_hub import ModelCard
 
@@ -75,7 +79,8 @@ def write_card(
     header = _card_data(recipe, facts, with_lora=lora is not None).to_yaml()
     card = ModelCard(f"---\n{header}\n---\n\n" + "\n\n".join(s for s in sections if s) + "\n")
     path = run_folder / "README.md"
-    path.write_text(str(card), encoding="utf-8")
+    with writing(path):
+        write_whole(path, lambda new: new.write_text(str(card), encoding="utf-8"))
     return path
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights, Weights
-from stepdistill.errors import UserError, first_line
+from stepdistill.errors import UserError
 from stepdistill.families.smaller import Plan
 from stepdistill.framing import Framing
 from stepdistill.network_shape import NetworkShape
@@ -237,38 +235,3 @@ class ModelFamily(ABC):
         vae = self.pipeline.vae
         images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + self.latent_shift).sample
         return (images / 2 + 0.5).clamp(0, 1)
-
-
-def read_model_index(path: str) -> dict[str, Any]:
-    """The content of `model_index.json` of a Diffusers folder or hub id.
-
-    Raises:
-        UserError: there is none, or a component that it names has no folder.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.suffix or path.startswith((".", "/")) or path.count("/") > 1:
-            raise UserError(f"teacher: {path} is no folder; give a Diffusers folder or a hub id like 'owner/name'")
-        return _read_hub_index(path)
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"teacher: {path} has no model_index.json, so it is not a Diffusers pipeline folder; "
-                        "save one with pipeline.save_pretrained(...)")  # fmt: skip
-    content: dict[str, Any] = json.loads(index.read_text())
-    for name, entry in content.items():
-        used = isinstance(entry, list) and entry[1] is not None
-        if used and name not in ("safety_checker", "feature_extractor") and not (folder / name).is_dir():
-            raise UserError(f"teacher: {path} lacks its component {name!r} ({entry[1]}), which model_index.json "
-                            f"names; copy the folder {name}/ there or save the pipeline again")  # fmt: skip
-    return content
-
-
-def _read_hub_index(path: str) -> dict[str, Any]:
-    from diffusers import DiffusionPipeline
-
-    try:
-        content: dict[str, Any] = DiffusionPipeline.load_config(path)
-    except OSError as error:
-        raise UserError(f"teacher: {path} is neither a local folder nor a reachable hub id "
-                        f"({first_line(error)})") from error  # fmt: skip
-    return content

@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.assets import resolve_bundled, resolve_model_path
 from stepdistill.errors import UserError, first_line
-from stepdistill.families.base import read_model_index
+from stepdistill.stock_files import (
+    PICKLES,
+    SINGLE_FILE,
+    left_out,
+    load_single_file,
+    loading_errors,
+    pipeline_class,
+    reason,
+)
 
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import DiffusionPipeline
-    from torch import Tensor
 
 TINY = "tiny:"
-SINGLE_FILE = ".safetensors"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-LEFT_OUT = {"safety_checker": None, "feature_extractor": None}  # of Stable Diffusion: they judge images, not make them
-CONFIG_FILES = ("*.json", "**/*.json", "*.txt", "**/*.txt", "**/*.model")
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -42,7 +44,7 @@ def load_pipeline(
         path: a Diffusers folder, a hub id, one .safetensors file of all components, or "tiny:" and a family.
         supported: classes of pipelines that may be loaded.
         dtype: of all weights, or a mapping of components to types, "default" for those that it does not name.
-        config: of a single file: the Diffusers folder or hub id that says how it is built; see `_from_single_file`.
+        config: of a single file: the Diffusers folder or hub id that says how it is built.
 
     Raises:
         UserError: it is none of these, incomplete, of another class, or a pickle.
@@ -53,15 +55,16 @@ def load_pipeline(
         return _as_types(tiny_pipeline(path.removeprefix(TINY)), dtype)
     path = resolve_model_path(path)
     if not is_stored(path):
-        return _as_types(_from_single_file(Path(path), config, supported), dtype)
+        file = load_single_file(Path(path), config, where="teacher", key="teacher_config", supported=supported)
+        return _as_types(file, dtype)
     if config is not None:
         raise UserError(f"teacher_config: {config} is of no use, since the teacher {path} is no single file and has a "
                         "configuration of its own; leave it out")  # fmt: skip
-    kind = _pipeline_class(path, supported)
+    kind = pipeline_class(path, supported)
     try:
-        loaded: DiffusionPipeline = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **_left_out(kind))
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {path} could not be loaded: {first_line(error)}") from error
+        loaded: DiffusionPipeline = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **left_out(kind))
+    except loading_errors() as error:
+        raise UserError(f"teacher: {path} could not be loaded: {reason(path, error)}") from error
     return loaded
 
 
@@ -76,111 +79,6 @@ def _as_types(pipeline: DiffusionPipeline, dtype: Any) -> DiffusionPipeline:
         if isinstance(component, torch.nn.Module) and component.dtype != wanted:
             component.to(wanted)
     return pipeline
-
-
-def _pipeline_class(path: str, supported: Collection[str]) -> Any:
-    import diffusers
-
-    name = str(read_model_index(path).get("_class_name"))
-    if name not in supported:
-        raise UserError(f"teacher: {path} is a {name}; supported pipelines: {', '.join(sorted(supported))}")
-    return getattr(diffusers, name)
-
-
-def _left_out(kind: Any) -> dict[str, None]:
-    return LEFT_OUT if kind.__name__ == "StableDiffusionPipeline" else {}
-
-
-# ---- one file ------------------------------------------------------------------------------------------------------
-
-
-def _from_single_file(file: Path, config: str | None, supported: Collection[str]) -> DiffusionPipeline:
-    """All components out of one file, float32, with Diffusers' own conversion of the original names.
-
-    Such a file holds weights alone. How the networks are built, the tokenizers and the scheduler, hence also what the
-    network predicts, come from `config`; components that the file lacks are read there too, if it has weights.
-    """
-    import torch
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-    if file.suffix != SINGLE_FILE:
-        raise UserError(f"teacher: {file} is a pickle, which can run any code when it is read; give a .safetensors "
-                        "file or a Diffusers folder")  # fmt: skip
-    shapes = _shapes(file)
-    folder = _config_folder(file, shapes, config)
-    kind = _pipeline_class(folder, supported)
-    try:
-        loaded: DiffusionPipeline = kind.from_single_file(
-            str(file), config=folder, local_files_only=True, dtype=torch.float32, **_left_out(kind),
-            **_absent_encoders(shapes, Path(folder), torch.float32),
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
-        # Networks are built without memory for weights; what the file did not fill cannot be moved anywhere.
-        lacks = "Cannot copy out of meta tensor" in str(error)
-        what = "lacks weights that" if lacks else "could not be loaded as"
-        why = "" if lacks else f": {first_line(error)}"
-        raise UserError(f"teacher: {file} {what} a {kind.__name__} built as {folder} says{why}; give a folder of its "
-                        "architecture as teacher_config, with the weights that the file has not"
-                        ) from error  # fmt: skip
-    return loaded
-
-
-def _absent_encoders(shapes: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Text encoders that a file lacks and the configuration's folder has: Diffusers looks there for its own only."""
-    import transformers
-    from diffusers.loaders.single_file_utils import is_clip_model_in_single_file, is_t5_in_single_file
-
-    found = {}
-    for name, entry in read_model_index(str(folder)).items():
-        if not isinstance(entry, list) or entry[0] != "transformers" or not any((folder / name).glob("*.safetensors")):
-            continue
-        kind: Any = getattr(transformers, entry[1])
-        inside = is_t5_in_single_file(shapes) if "T5" in entry[1] else is_clip_model_in_single_file(kind, shapes)
-        if not inside:
-            found[name] = kind.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
-    return found
-
-
-def _config_folder(file: Path, shapes: Mapping[str, Tensor], config: str | None) -> str:
-    """A local Diffusers folder with the configuration of a single file, which may be in the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    if config is not None and Path(resolve_bundled(config)).is_dir():
-        return resolve_bundled(config)
-    wanted = _guessed_config(shapes) if config is None else config
-    try:
-        # Without a word from the user nothing is downloaded: then only the cache is asked.
-        folder: str = snapshot_download(wanted, allow_patterns=list(CONFIG_FILES), local_files_only=config is None)
-    except (OSError, ValueError) as error:
-        if config is not None:
-            raise UserError(f"teacher_config: {config} is neither a folder nor a reachable hub id: "
-                            f"{first_line(error)}") from error  # fmt: skip
-        raise UserError(
-            f"teacher: {file} holds weights alone; say how it is built with teacher_config: a Diffusers folder of "
-            f"the same architecture (its weights are not needed), or a hub id. It looks like {wanted}, whose "
-            "configuration is not on this machine"
-        ) from error
-    return folder
-
-
-def _guessed_config(shapes: Mapping[str, Tensor]) -> str:
-    """The hub id that Diffusers takes a file for by the names and shapes of its tensors."""
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
-    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
-
-
-def _shapes(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, with shapes and without contents; nothing but the header is read."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as content:
-            names = list(content.keys())
-            return {k: torch.empty(content.get_slice(k).get_shape(), device="meta") for k in names}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"teacher: {file} is no readable .safetensors file: {first_line(error)}") from error
 
 
 # ---- LoRAs ---------------------------------------------------------------------------------------------------------

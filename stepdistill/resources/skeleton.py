@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from stepdistill.errors import UserError, first_line
 from stepdistill.families import FAMILIES, family_class, load_family
-from stepdistill.families.base import ModelFamily, read_model_index
+from stepdistill.families.base import ModelFamily
 from stepdistill.resources.meter import shaped
+from stepdistill.stock_files import read_model_index
 
 
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of no part in training

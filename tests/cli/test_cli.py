@@ -218,6 +218,33 @@ def test_a_run_is_called_the_way_its_export_says(tmp_path: Path) -> None:
     assert model.name == "run"
 
 
+@pytest.mark.parametrize(
+    ("export", "made", "message"),
+    [
+        ("{}", ["checkpoints/step-0000004", "checkpoints/step-0000020"],
+         "this run has no pipeline yet; stepdistill export RUN --checkpoint 20"),
+        ("{}", ["checkpoints/stage-0"], "this run has no pipeline yet; stepdistill export RUN --checkpoint stage-0"),
+        ("{}", [], "this run has no pipeline and no checkpoint yet; give its train command again"),
+        ("{pipeline: false}", ["lora"], "call its LoRA RUN/lora on some/folder, or set it to true in RUN/recipe.yaml"),
+        ("{pipeline: false}", [], "export.pipeline: false; set it to true in RUN/recipe.yaml, then: stepdistill"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", [["sample", "RUN", "a"], ["bench", "RUN"]])
+def test_a_run_without_a_pipeline_says_how_it_gets_one(
+    command: list[str], export: str, made: list[str], message: str, recipe: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = recipe.parent / "run"
+    for name in made:
+        (run / name).mkdir(parents=True)
+        (run / name / "state.json").write_text("{}")
+    run.mkdir(exist_ok=True)
+    (run / "recipe.yaml").write_text(f"{RECIPE}export: {export}\n")
+    words = [word.replace("RUN", str(run)) for word in command]
+    assert call(monkeypatch, *words, "--output", str(recipe.parent / "out")) == 2
+    assert message.replace("RUN", str(run)) in capsys.readouterr().err
+
+
 def test_a_model_that_says_nothing_is_called_like_a_teacher() -> None:
     model = cli._parse_model("some/hub-id")
     assert (model.path, model.steps, model.guidance_scale) == ("some/hub-id", cli.PLAIN_STEPS, cli.PLAIN_GUIDANCE)
@@ -306,6 +333,36 @@ def test_bench_measures_the_models_and_prints_the_table(
     assert (seen["protocol"].prompts, seen["protocol"].images_per_prompt, seen["output"]) == (4, 2, tmp_path)
     out = capsys.readouterr().out
     assert "the table" in out and str(tmp_path / "report.md") in out
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["one", "teacher"], "aaa"),
+        (["one,steps=2,name=x", "teacher,lora=one/lora", "teacher+one/file.safetensors"], "aaa"),
+        (["one", "two"], None), (["one", "older"], None), (["teacher"], None),
+    ],
+)  # fmt: skip
+def test_a_report_knows_the_recipe_if_all_students_are_of_one(
+    words: list[str], found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run, known in (("one", {"recipe_sha256": "aaa"}), ("two", {"recipe_sha256": "bbb"}), ("older", {"seed": 0})):
+        for part in ("pipeline", "lora"):
+            facts(tmp_path / run / part, steps=1, guidance_scale=1.0, **known)
+        (tmp_path / run / "pipeline/model_index.json").write_text("{}")
+    (tmp_path / "one/file.safetensors").write_text("")
+    facts(tmp_path / "one", steps=1, guidance_scale=1.0, recipe_sha256="aaa")
+    (tmp_path / "teacher").mkdir()
+    seen: dict[str, Any] = {}
+
+    def run_benchmark(models: Any, **options: Any) -> Any:
+        seen.update(options)
+        return types.SimpleNamespace(to_table=lambda: "the table")
+
+    monkeypatch.setattr("stepdistill.bench.benchmark.run_benchmark", run_benchmark)
+    assert call(monkeypatch, "bench", *words) == 0
+    assert seen["provenance"].recipe_sha256 == found
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ def sample(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
         (["--negative-prompt", "red"], "does nothing at guidance scale 1; say how strongly it is to act"),
         (["--nasa", "0.3"], "add --negative-prompt TEXT"),
         (["--negative-prompt", "red", "--nasa", "0.3", "--nag", "2"], "two ways to do the same"),
+        (["--base-replaces", "1"], "base_replaces does nothing without a base; add --base MODEL"),
+        (["--base-steps", "2"], "base_steps does nothing without a base; add --base MODEL"),
+        (["--base-guidance", "3"], "base_guidance does nothing without a base; add --base MODEL"),
     ],
 )
 def test_options_that_would_have_no_effect_or_two_are_refused(

@@ -65,6 +65,20 @@ def test_an_unknown_teacher_is_asked_about() -> None:
         family_of(recipe_of(teacher="someone/thing"))
 
 
+def test_a_broken_file_of_the_teacher_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": ')
+    with pytest.raises(UserError, match=r"--smoke: .*model_index\.json is damaged .*; copy or download it again"):
+        family_of(recipe_of(teacher=str(tmp_path)))
+
+
+@pytest.mark.parametrize("words", [["--fresh"], ["--resume"], ["--shard"], ["--num-processes", "2"]])
+def test_what_a_trial_would_ignore_is_refused(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(recipe_of().to_yaml())
+    result = CliRunner().invoke(cli.app, ["train", str(tmp_path / "x.yaml"), "--smoke", *words])
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith(f"{words[0]} does nothing with --smoke")
+
+
 def test_the_method_stays_and_its_size_goes(tmp_path: Path) -> None:
     recipe = recipe_of()
     small = smoke_recipe(recipe, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import subprocess
@@ -636,6 +637,20 @@ def test_the_card_says_how_to_call_the_student_and_what_was_measured(run_folder)
     assert data["base_model"] == "owner/model"
     assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "text-to-image")
     assert {"text-to-image", "distillation", "lora"} <= set(data["tags"])
+
+
+def test_a_card_for_which_there_is_no_room_is_a_user_error_and_the_earlier_one_stays(run_folder, monkeypatch):
+    recipe = {"teacher": "owner/model"}
+    before = write_card(run_folder, recipe=recipe, spec=ONE).read_text()
+
+    def full(path, text, **_):
+        path.write_bytes(text.encode()[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"README\.md could not be written \(No space left on device\); make room"):
+        write_card(run_folder, recipe={"teacher": "other/model"}, spec=ONE)
+    assert (run_folder / "README.md").read_text() == before
 
 
 def test_the_cards_snippet_runs_as_it_stands(exports, tmp_path, monkeypatch):

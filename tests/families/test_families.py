@@ -209,6 +209,22 @@ def test_a_component_without_its_weights_is_refused(sd_folder: str, tmp_path: Pa
         load_family(str(folder))
 
 
+def test_a_component_whose_weights_are_cut_off_is_named_with_the_remedy(sd_folder: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(sd_folder, tmp_path / "teacher")
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"teacher: .*text_encoder/model\.safetensors is damaged .*; copy or "):
+        load_family(str(folder))
+
+
+@pytest.mark.parametrize("content", ['{"_class_name": "StableDiff', "[]"])
+def test_a_broken_index_is_named_with_the_remedy(content: str, sd_folder: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(sd_folder, tmp_path / "teacher")
+    (folder / "model_index.json").write_text(content)
+    with pytest.raises(UserError, match=r"teacher: .*model_index\.json is damaged .*copy or download it"):
+        load_family(str(folder))
+
+
 def test_a_pipeline_without_a_family_is_refused_with_the_list_of_families(sd_folder: str, tmp_path: Path) -> None:
     folder = shutil.copytree(sd_folder, tmp_path / "teacher")
     index = json.loads((folder / "model_index.json").read_text())

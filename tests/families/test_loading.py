@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepdistill.bench.generate import ModelUnderTest, load_pipeline
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.families.tiny import tiny_pipeline
@@ -20,6 +22,7 @@ from stepdistill.finish import keep_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.run import train
 from stepdistill.run_folder import RunFolder
+from stepdistill.stock_files import load_single_file
 from tests.families.single_file import write_single_file
 from tests.families.test_unet_families import PROMPTS, folder_of, our_images, stock_images
 from tests.tiny import scramble, tiny_recipe
@@ -101,6 +104,35 @@ def test_a_file_that_is_no_safetensors_and_a_configuration_for_a_folder_are_refu
 def test_a_tiny_teacher_that_there_is_not_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"tiny:sdx is unknown; did you mean.*sdxl"):
         load_family("tiny:sdx")
+
+
+def test_a_file_is_sampled_with_its_configuration_and_refused_without_its_text_encoder(tmp_path: Path) -> None:
+    pipeline = with_ddim("sd")
+    whole = write_single_file(pipeline, tmp_path / "whole.safetensors")
+    part = {k: v for k, v in load_file(whole).items() if not k.startswith("cond_stage_model")}
+    save_file(part, tmp_path / "part.safetensors")
+    config = folder_of(pipeline, tmp_path / "config")
+    for name in ("whole", "part"):  # what the file lacks has the folder
+        model = ModelUnderTest(name, str(tmp_path / f"{name}.safetensors"), 1, 1.0, config=config)
+        encoder = load_pipeline(model).components["text_encoder"].state_dict()
+        assert all(torch.equal(v, encoder[k]) for k, v in pipeline.text_encoder.state_dict().items())
+    configuration(config)
+    with pytest.raises(UserError, match=r"^part: .*part\.safetensors (lacks|could not be).* as config, with "):
+        load_pipeline(model)
+    Path(model.path).write_bytes(Path(whole).read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"^part: .*part\.safetensors is no readable \.safetensors file"):
+        load_pipeline(model)
+    Path(model.path).unlink()
+    with pytest.raises(UserError, match=r"^config: owner/nowhere is neither a folder nor a reachable hub id"):
+        load_single_file(Path(whole), "owner/nowhere", where="x", key="config")
+
+
+def test_a_model_with_a_cut_off_file_is_refused_by_the_files_name(sd_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sd_folder, tmp_path / "model"))
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"^mine: .*text_encoder/model\.safetensors is damaged"):
+        load_pipeline(ModelUnderTest("mine", str(folder), 1, 1.0))
 
 
 # ---- LoRAs ---------------------------------------------------------------------------------------------------------

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from stepdistill import finish
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.recipe import Recipe
-from stepdistill.run import train
+from stepdistill.run import export, train
 from stepdistill.run_folder import RunFolder
 from tests.tiny import tiny_recipe
 
@@ -66,3 +68,16 @@ def test_a_finished_run_is_not_trained_again(sd_folder: str, tmp_path: Path) -> 
     play(sd_folder, tmp_path / "run", [stage("full", 1e-3)])
     assert folder.log.read_text() == log
     assert folder.train_seconds() > 0
+
+
+def test_an_exported_stage_says_by_which_method_it_was_trained(
+    sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "check", lambda *args: 0.0)  # the fresh process has tests of its own
+    stages = [stage("full", 1e-3), stage("full", 1e-3, objective={"name": "vsd"})]
+    train(Recipe.from_mapping(tiny_recipe(sd_folder, tmp_path / "run", stages=stages, checkpoints={"every": 1},
+                                          export={"pipeline": True, "lora": False})))  # fmt: skip
+    for name, method in [("stage-0", "dmd2"), ("1", "dmd2"), ("2", "vsd"), ("stage-1", "vsd")]:
+        pipeline = export(tmp_path / "run", name, tmp_path / name).pipeline
+        assert pipeline is not None
+        assert json.loads((pipeline / "distillation_config.json").read_text())["method"] == method

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,3 +183,26 @@ def test_a_model_that_diverged_is_named(evaluator: Path, teacher: Path, tmp_path
     protocol = ShapesProtocol(prompts=3, images_per_prompt=2, reference=20, evaluator=str(evaluator))
     with pytest.raises(UserError, match="broken"):
         benchmark.run_benchmark([under_test(teacher, name="broken")], protocol=protocol, output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("step", "place"),
+    [
+        ("stepdistill.bench.cells.save_file", r"cells/\S+"),
+        ("stepdistill.bench.cells.Cell.remember", r"cells/\S+"),
+        ("stepdistill.bench.report.save_report", ""),
+        ("stepdistill.bench.plots.pareto", ""),
+        ("stepdistill.bench.page.save_page", ""),
+    ],
+)
+def test_a_full_disk_is_a_clear_error_wherever_a_benchmark_writes(
+    step: str, place: str, evaluator: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
+
+    monkeypatch.setattr(step, full)
+    protocol = ShapesProtocol(prompts=2, images_per_prompt=1, reference=4, evaluator=str(evaluator))
+    named = rf"^{re.escape(str(tmp_path))}/?{place} could not be written \(No space left on device\); make room"
+    with pytest.raises(UserError, match=named):
+        benchmark.run_benchmark([under_test(teacher, steps=1)], protocol=protocol, output=tmp_path)

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -24,10 +25,13 @@ from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.cli import app
 from stepdistill.cli_bench import MEASURE
 from stepdistill.cli_models import COMMA
-from stepdistill.families import FAMILIES
+from stepdistill.errors import UserError
+from stepdistill.families import FAMILIES, family_class
+from stepdistill.families.tiny import TINY_PIPELINES
 from stepdistill.objectives import OBJECTIVES, resolve
+from stepdistill.recipe import build_objective, bundled_recipes
 from stepdistill.recipe_sections import PlayerConfig, StageConfig
-from stepdistill.run import train
+from stepdistill.run import train, trained_roles
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +112,78 @@ def check_own_command(where: str, words: list[str]) -> None:
         return
     context = command.make_context(words[0], words[1:])  # a usage error for unknown options
     if words[0] == "train":
-        Recipe.load(context.params["recipe"], context.params["overrides"] or []).resolved()
+        check_recipe(where, Recipe.load(context.params["recipe"], context.params["overrides"] or []))
+
+
+def check_recipe(where: str, recipe: Recipe) -> None:
+    """What a run refuses before its first step, as far as it needs no teacher."""
+    recipe.resolved()
+    for index, stage in enumerate(recipe.stages):
+        objective = build_objective(stage.objective, f"{where}: stages.{index}.objective")
+        stage.check_roles(trained_roles(objective), f"{where}: stages.{index}")
+
+
+def test_a_command_whose_players_its_objective_does_not_train_would_be_seen() -> None:
+    own = "stages.0.objective={name: own_objective:Regression}"
+    with pytest.raises(UserError, match=r"here: stages\.0\.players\.critic: unknown role"):
+        check_own_command("here", ["train", "shapes/vsd_1step", own])
+
+
+def test_a_run_that_a_page_samples_measures_or_exports_is_one_that_it_trains() -> None:
+    bundled = [Recipe.load(file) for file in bundled_recipes().values()]
+    trained: dict[str, list[Recipe]] = {}
+    made: dict[str, list[str]] = {}
+    found = [(where.partition("#")[0], words[1:]) for where, words in commands() if words[0] == "stepdistill"]
+    for page, words in found:
+        given = parameters(words)
+        if words[0] == "train":
+            trained.setdefault(page, []).append(Recipe.load(given["recipe"], given["overrides"] or []))
+        elif words[0] in ("export", "merge"):
+            made.setdefault(page, []).append(str(given["output"]))
+    seen = 0
+    for page, words in found:
+        for run in used_runs(words):
+            recipes = [recipe for recipe in [*trained.get(page, []), *bundled] if recipe.output == run]
+            assert recipes or run in made.get(page, []), f"{page}: nothing makes the folder of {' '.join(words)}"
+            seen += 1
+            checkpoint = parameters(words)["checkpoint"] if words[0] == "export" else None
+            if checkpoint is not None:
+                name = str(int(checkpoint.removeprefix("step-"))) if "stage" not in checkpoint else checkpoint
+                kept = {name for recipe in recipes for name in kept_checkpoints(recipe)}
+                assert name in kept, f"{page}: {run} keeps {', '.join(sorted(kept))} and no {name}"
+    assert seen > 10, "the documents have lost their runs"
+
+
+def parameters(words: list[str]) -> dict[str, Any]:
+    command = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    if words[0] == "bench":
+        name = words[1] if words[1] in command.commands else MEASURE
+        command, words = command.commands[name], words[words[1] == name :]
+    found: dict[str, Any] = command.make_context(words[0], words[1:]).params
+    return found
+
+
+def used_runs(words: list[str]) -> list[str]:
+    """The folders runs/X that a command reads models from."""
+    if words[0] not in ("sample", "bench", "export"):
+        return []
+    given = parameters(words)
+    models = [given.get(key) for key in ("model", "models", "run", "base")]
+    several = [value if isinstance(value, list | tuple) else [value] for value in models if value]
+    texts = [str(text) for value in several for text in value]
+    paths = [COMMA.split(text)[0].rpartition("=")[2] for text in texts]
+    return ["/".join(path.split("/")[:2]) for path in paths if path.startswith("runs/")]
+
+
+def kept_checkpoints(recipe: Recipe) -> set[str]:
+    """What `stepdistill export --checkpoint` finds when a run is over."""
+    numbers, before = list[int](), 0
+    for stage in recipe.stages:
+        due = [k for k in range(1, stage.steps + 1) if k == stage.steps or k % recipe.checkpoints.every == 0]
+        numbers += [before + k for k in due]
+        before += stage.steps
+    ends = {f"stage-{index}" for index in range(len(recipe.stages))}
+    return ends | {str(number) for number in numbers[-recipe.checkpoints.keep :]}
 
 
 def check_bench(where: str, group: Any, words: list[str]) -> None:
@@ -147,6 +222,9 @@ def test_the_objective_in_the_readme_is_the_one_in_the_examples() -> None:
     fields = [[(f.name, f.default) for f in dataclasses.fields(kind)] for kind in (names["Regression"], example)]
     assert fields[0] == fields[1]
     assert names["Regression"]().inference() == example().inference()
+    ((_, trained),) = [b for b in blocks("bash") if "own_objective:" in b[1]]
+    printed = str(sys.modules["own_objective"].__doc__).partition("Run it:")[2]
+    assert printed.split() == trained.replace("\\\n", "").split(), "the example's docstring prints another command"
 
 
 def test_every_relative_link_leads_to_a_file() -> None:
@@ -221,6 +299,19 @@ def test_every_option_of_an_objective_is_on_its_page(name: str) -> None:
     headings = re.findall(r"^## (.*)$", page, re.M)
     assert headings == ["Idea in three sentences", "Equations and where they are in the code",
                         "Recipe and its paper quotes", "Results", "What goes wrong"]  # fmt: skip
+
+
+def test_the_tiny_teachers_of_the_recipes_page_are_those_that_there_are() -> None:
+    said = re.search(r"real one: NAME is (.*?)\. ", (ROOT / "docs/recipes.md").read_text(), re.S)
+    assert said is not None
+    assert set(re.findall(r"\w+", said[1].replace("(v-prediction)", ""))) - {"or"} == set(TINY_PIPELINES)
+
+
+def test_the_readme_says_which_families_have_no_lora_files() -> None:
+    said = re.search(r"LoRA files for (.*?) \(Diffusers has no loader", (ROOT / "README.md").read_text(), re.S)
+    assert said is not None
+    without = {kind.name for kind in map(family_class, FAMILIES) if not kind.supports_lora_loading}
+    assert set(re.findall(r"`(\w+)`", said[1])) == without
 
 
 def test_every_key_of_a_recipe_is_on_the_recipes_page() -> None:

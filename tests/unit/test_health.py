@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -415,6 +417,23 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 
     monkeypatch.setattr(stepdistill.previews, "labelled_grid", remember)
     return seen
+
+
+def test_a_preview_for_which_there_is_no_room_is_a_warning_and_the_run_goes_on(
+    sd: ModelFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    previews = Previews(sd, ("a",), InferenceSpec((999,)), tmp_path, teacher_steps=2, guidance=1.0)
+    student = trainer_of(sd, DMD2(critic_updates=1)).cast.denoiser("student")
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.Image.Image.save", full)
+        with pytest.warns(RuntimeWarning, match=r"step-0000001\.png could not be written \(No space left on device\)"):
+            assert previews.write(student, None, 1) is None
+    assert list(tmp_path.iterdir()) == []
+    assert previews.write(student, None, 2) == tmp_path / "step-0000002.png"
+    assert [file.name for file in tmp_path.iterdir()] == ["step-0000002.png"]
 
 
 def test_previews_show_triptychs_where_there_are_teacher_and_critic(

@@ -390,3 +390,15 @@ def test_the_bundled_recipes_are_all_there() -> None:
         "shapes/vsd_1step",
         "shapes/dmd2_4step",
     } <= set(bundled_recipes())
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("output", "teacher", "teacher_config", "data.prompts", "data.images", "data.pairs", "data.cache_folder",
+            "bench.evaluator", "stages.0.starts.student")  # fmt: skip
+    recipe = Recipe.load("quickstart", [*(f"{key}=~/x" for key in keys), "teacher_loras=[{path: ~/x}]"])
+    content = recipe.model_dump(mode="json")
+    assert "~" not in json.dumps(content)
+    assert (recipe.output, recipe.teacher_loras[0].path, recipe.stages[0].starts) == (
+        str(tmp_path / "x"), str(tmp_path / "x"), {"student": str(tmp_path / "x")})  # fmt: skip
+    assert Recipe.load("quickstart", ["teacher=owner/~name"]).teacher == "owner/~name"
