@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stepdistill.bench.report import Report
     from stepdistill.cast import Cast, RoleState
     from stepdistill.data.batches import Batches
+    from stepdistill.data.parts import Part
     from stepdistill.families.base import ModelFamily
     from stepdistill.multi_student import Shared
     from stepdistill.objectives.base import InferenceSpec, Objective
@@ -81,19 +82,19 @@ def train_one(recipe: Recipe, shared: Shared | None, *, resume: bool | None, con
     folder = RunFolder(Path(recipe.output), keep=recipe.checkpoints.keep)
     accelerator = open_accelerator(recipe)
     if accelerator.is_main_process:
-        folder.claim(recipe, resume)
+        folder.check(recipe, resume)
+    run = _Run(recipe, folder, Display(console), accelerator)
+    if accelerator.is_main_process:
+        folder.claim(recipe, resume)  # only now: a mistake in the recipe costs nobody a run
     accelerator.wait_for_everyone()
-    return _Run(recipe, folder, Display(console), shared, accelerator).play()
+    return run.play(shared)
 
 
 class _Run:
     """One run in progress."""
 
-    def __init__(
-        self, recipe: Recipe, folder: RunFolder, display: Display, shared: Shared | None, accelerator: Accelerator
-    ) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, display: Display, accelerator: Accelerator) -> None:
         from stepdistill.families import load_family
-        from stepdistill.multi_student import open_part
         from stepdistill.processes.launch import open_sharding, shares
         from stepdistill.recipe import build_objective
         from stepdistill.resources.apply import check_options, loading_types, prepare_teacher
@@ -117,12 +118,15 @@ class _Run:
         self.family.at_size(recipe.data.size)
         prepare_teacher(self.family, recipe.memory)
         self.batches: Batches | None = None
+        self.part: Part | None = None
         self._check_export()
-        self.part = open_part(recipe, self.family, folder, shared)
 
-    def play(self) -> RunResult:
+    def play(self, shared: Shared | None) -> RunResult:
         """All stages that are not finished yet, then export, measurement and model card."""
+        from stepdistill.multi_student import open_part
         from stepdistill.small_students import describe
+
+        self.part = open_part(self.recipe, self.family, self.folder, shared)
 
         shape = self.recipe.student.shape
         if shape is not None:
@@ -136,9 +140,10 @@ class _Run:
                         self.recipe, self.objectives, self.family, self.folder,
                         accelerator=self.accelerator, display=self.display, part=self.part,
                     )  # fmt: skip
+                self.batches.restore(self.folder.drawn(done - 1) if done else {})
             starts = {**starts, **self._play_stage(index, starts)}
             if self.accelerator.is_main_process:
-                self.folder.save_roles(index, starts)
+                self.folder.save_roles(index, starts, self.batches.drawn)
         if not self.accelerator.is_main_process:
             return RunResult(self.folder.path, None, None, None)
         self._load_plainly()

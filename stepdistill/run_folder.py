@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
+from stepdistill.files import write_whole
 
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from stepdistill.recipe import Recipe
 
 
+RECORD, ENVIRONMENT = "recipe.yaml", "environment.json"  # together the mark of a run
 STAGE = "stage-"  # begins the names of folders of what stages ended with
+DRAWN = "drawn.json"
 STUDENT = "student-"  # begins the names of folders of a run with several students
 PARTITION = "partition."  # begins the names of the files that say which prompts are whose
 
@@ -47,27 +50,41 @@ class RunFolder:
         self.report = path / "report"
         self.checkpoints = Checkpoints(path / "checkpoints", keep)
 
-    def claim(self, recipe: Recipe, resume: bool | None) -> None:
-        """Makes the folder this recipe's own, or finds that it already is.
+    def check(self, recipe: Recipe, resume: bool | None) -> None:
+        """Finds out whether `claim` would succeed, and changes nothing.
 
         Raises:
             UserError: it holds a run of another recipe, or something that is no run; or there is nothing to resume.
         """
-        record = self.path / "recipe.yaml"
-        if resume is False and record.is_file():
-            shutil.rmtree(self.path)
-        if record.is_file():
-            self._check_same(recipe, record)
+        record, mark = self.path / RECORD, self.path / ENVIRONMENT
+        if record.is_file() and mark.is_file():  # a recipe alone may be a user's own
+            if resume is not False and self._begun():
+                self._check_same(recipe, record)
         elif self.path.exists() and any(not file.name.startswith(PARTITION) for file in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another folder with output=...")
         if resume and not (self.checkpoints.steps() or self.stages_done()):
             raise UserError(f"{self.path} holds no checkpoint to resume from; start without --resume")
+
+    def claim(self, recipe: Recipe, resume: bool | None) -> None:
+        """Makes the folder this recipe's own; False as `resume` deletes the run that it holds.
+
+        Raises:
+            UserError: as `check`; or it cannot be written.
+        """
+        self.check(recipe, resume)
         try:
+            if resume is False and (self.path / RECORD).is_file():
+                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            record.write_text("#!/usr/bin/env -S stepdistill train\n" + recipe.to_yaml())
-            (self.path / "environment.json").write_text(json.dumps(environment(recipe.device), indent=2) + "\n")
+            _record(self.path / RECORD, "#!/usr/bin/env -S stepdistill train\n" + recipe.to_yaml(), mode=0o755)
+            _record(self.path / ENVIRONMENT, json.dumps(environment(recipe.device), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another output=...") from error
+
+    def _begun(self) -> bool:
+        """Whether anything was computed here: a recipe whose run failed at once holds nobody up."""
+        ended = self.checkpoints.steps() or self._ended()
+        return bool(ended) or self.log.is_file() or any(self.path.glob(f"{STUDENT}*"))
 
     def stages_done(self) -> int:
         """How many whole stages lie behind the run."""
@@ -83,12 +100,23 @@ class RunFolder:
         lines = [line for log in logs if log.is_file() for line in log.read_text().splitlines()]
         return float(sum(json.loads(line)["seconds"] for line in lines if line.endswith("}")))
 
-    def save_roles(self, stage: int, roles: Mapping[str, RoleState]) -> None:
-        """Keeps the weights that a stage ended with."""
+    def save_roles(self, stage: int, roles: Mapping[str, RoleState], drawn: Mapping[str, int]) -> None:
+        """Keeps the weights that a stage ended with, and how many micro-batches were drawn till then, by stream."""
         from stepdistill.checkpoint import save_tree, write_atomically
 
         tree = {name: {"lora": _lora_tree(state), "tensors": dict(state.tensors)} for name, state in roles.items()}
-        write_atomically(self._stage(stage), lambda target: save_tree(tree, target / "roles"))
+
+        def write(target: Path) -> None:
+            save_tree(tree, target / "roles")
+            (target / DRAWN).write_text(json.dumps(dict(drawn)) + "\n", encoding="utf-8")
+
+        write_atomically(self._stage(stage), write)
+
+    def drawn(self, stage: int) -> dict[str, int]:
+        """Micro-batches drawn when a stage had ended, by stream; nothing for runs of versions that did not say it."""
+        file = self._stage(stage) / DRAWN
+        found: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return found
 
     def load_roles(self, stage: int) -> dict[str, RoleState]:
         """The weights that a stage ended with."""
@@ -174,6 +202,19 @@ class RunFolder:
             keys = ", ".join(_differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))[:4])
             raise UserError(f"{self.path} holds a run of another recipe (different: {keys}); choose another folder "
                             "with output=..., or start anew with --fresh, which deletes it")  # fmt: skip
+
+
+def _record(path: Path, text: str, mode: int | None = None) -> None:
+    """Writes a small file whole, unless it already says this."""
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
+
+    def write(new: Path) -> None:
+        new.write_text(text, encoding="utf-8")
+        if mode is not None:
+            new.chmod(mode)
+
+    write_whole(path, write)
 
 
 def _averaged(tensors: Mapping[str, Tensor], ema: Mapping[str, Any] | None) -> Mapping[str, Tensor]:

@@ -156,7 +156,7 @@ class Trainer:
                 self._stop_if_ill()
                 stopped = self._stopped()
                 saved = self.save() if stopped is not None or self._saves else None
-                if stopped is not None and self.step < self.settings.steps:
+                if stopped is not None:
                     raise Interrupted(stopped, saved)
 
     def save(self) -> Path | None:

@@ -248,6 +248,23 @@ def test_two_signals_stop_at_once_and_one_stops_after_the_step(sd_folder: str, t
     assert twice.step == 0
 
 
+def test_a_signal_in_the_last_iteration_stops_what_would_follow(sd_folder: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, sd_folder, steps=2, checkpoint_every=1000)
+
+    def interrupt(progress: Any) -> None:
+        if progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.on_step = interrupt
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert trainer.checkpoints is not None
+    again = make(tmp_path / "again", sd_folder, steps=2, checkpoint_every=1000)
+    again.resume(*trainer.checkpoints.load(2))
+    again.run()
+    assert again.step == 2, "nothing is left to do but what follows"
+
+
 def test_a_checkpoint_of_other_adapters_is_refused_with_its_reason(sd_folder: str, tmp_path: Path) -> None:
     from stepdistill.adapters import LoraSettings
     from stepdistill.errors import UserError

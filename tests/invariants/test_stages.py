@@ -70,6 +70,28 @@ def test_a_finished_run_is_not_trained_again(sd_folder: str, tmp_path: Path) -> 
     assert folder.train_seconds() > 0
 
 
+def test_a_run_stopped_between_two_stages_ends_with_the_same_bits(
+    sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [stage("full", 1e-3, steps=2), stage("full", 1e-3, steps=2)]
+    whole = play(sd_folder, tmp_path / "whole", stages).load_roles(1)
+
+    keep = RunFolder.save_roles
+
+    def save(self: RunFolder, *args: Any) -> None:
+        keep(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "save_roles", save)
+        with pytest.raises(KeyboardInterrupt):
+            play(sd_folder, tmp_path / "stopped", stages)
+    stopped = play(sd_folder, tmp_path / "stopped", stages).load_roles(1)
+    for role, state in whole.items():
+        for name, tensor in state.tensors.items():
+            assert torch.equal(stopped[role].tensors[name], tensor), (role, name)
+
+
 def test_an_exported_stage_says_by_which_method_it_was_trained(
     sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,56 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path: Path, resume: boo
     assert listing(run) == {"chapter.tex": b"years of work"}
 
 
+@pytest.mark.parametrize("resume", [None, False])
+def test_a_recipe_of_the_users_own_does_not_make_a_folder_a_run(tmp_path: Path, resume: bool | None) -> None:
+    run = tmp_path / "project"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("name: mine\n")
+    (run / "chapter.tex").write_text("years of work")
+    before = listing(run)
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunFolder(run).claim(recipe(run), resume)
+    assert listing(run) == before
+
+
+def test_a_run_that_failed_before_it_began_holds_nobody_up(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunFolder(run).claim(recipe(run), None)
+    RunFolder(run).claim(recipe(run, seed=7), None)
+    assert Recipe.load(run / "recipe.yaml").seed == 7
+
+
+@pytest.mark.parametrize("resume", [None, False])
+def test_a_mistake_in_the_recipe_leaves_the_folder_as_it_was(tmp_path: Path, resume: bool | None) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UserError):
+        train(recipe(run, teacher=str(tmp_path / "nowhere")), resume=resume)
+    assert not run.exists()
+    RunFolder(run).claim(recipe(run), None)
+    (run / "metrics.jsonl").write_text("precious")
+    before = listing(run)
+    with pytest.raises(UserError):
+        train(recipe(run, teacher=str(tmp_path / "nowhere")), resume=resume)
+    assert listing(run) == before
+
+
+def test_a_full_disk_leaves_the_record_of_a_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    RunFolder(run).claim(recipe(run), None)
+    before = listing(run)
+    assert (run / "recipe.yaml").stat().st_mode & 0o111, "recipes are executable files"
+
+    def full(path: Path, *args: object, **options: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    other = recipe(run, seed=7)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        RunFolder(run).claim(other, None)
+    assert listing(run) == before
+
+
 def test_fresh_replaces_a_run_of_whatever_recipe(tmp_path: Path) -> None:
     run = tmp_path / "run"
     RunFolder(run).claim(recipe(run), None)
@@ -101,6 +151,7 @@ def test_resume_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_read_is_a_users_error(tmp_path: Path) -> None:
     run = tmp_path / "run"
     RunFolder(run).claim(recipe(run), None)
+    (run / "metrics.jsonl").write_text("begun")
     (run / "recipe.yaml").write_text("name: [")
     with pytest.raises(UserError, match=r"recipe\.yaml cannot be read any more.*--fresh"):
         RunFolder(run).claim(recipe(run), None)
@@ -113,7 +164,8 @@ def test_the_weights_of_a_stage_come_back_with_their_settings(tmp_path: Path) ->
         "critic": RoleState(None, {"b": torch.randn(2)}),
     }
     assert folder.stages_done() == 0
-    folder.save_roles(0, states)
+    folder.save_roles(0, states, {"prompts": 3})
+    assert (folder.drawn(0), folder.drawn(1)) == ({"prompts": 3}, {})
     back = folder.load_roles(0)
     assert back["student"].lora == states["student"].lora
     assert back["critic"].lora is None
