@@ -204,8 +204,8 @@ class Cast:
         return view
 
     def state(self, role: str) -> RoleState:
-        """A copy of a role's trained weights."""
-        tensors = {name: whole(p.detach()).clone() for name, p in self.tensors(role).items()}
+        """A copy of a role's trained weights, in the CPU's memory: later stages need the device's for their own."""
+        tensors = {name: whole(p.detach()).to("cpu", copy=True) for name, p in self.tensors(role).items()}
         return RoleState(self.lora.get(role), tensors)
 
     def plain_state(self, role: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from stepdistill import finish
@@ -274,6 +275,16 @@ def test_weights_of_another_kind_cannot_be_copied(sd: ModelFamily) -> None:
     cast.park("critic", "a")
     with pytest.raises(UserError, match="parked as 'a' does not fit"):
         cast.fetch("a", "student")
+
+
+def test_a_roles_state_leaves_the_device_to_later_stages(sd: ModelFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_an_accelerator(value: Tensor) -> Tensor:
+        with FakeTensorMode():
+            return torch.empty(value.shape, device="cuda")
+
+    cast = Cast(sd, ROLES, lora={"critic": LORA, "student": LORA})
+    monkeypatch.setattr("stepdistill.cast.whole", on_an_accelerator)
+    assert {value.device.type for value in cast.state("student").tensors.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("key", ["", "a/b", "..\\a"])
