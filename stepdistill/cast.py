@@ -301,7 +301,8 @@ class Cast:
     def _head(self, role: Head, seed: int, size: int | None) -> DenoiserHead:
         """Builds a head for features of the shapes that the teacher gives for one image of `size` pixels."""
         layers = self._layers(role)
-        example = next(self.family.network().parameters())
+        # Quantised layers keep bytes, in which nothing is computed.
+        example = next(p for p in self.family.network().parameters() if p.is_floating_point())
         x = torch.zeros(1, *self.family.latent_shape(size), dtype=example.dtype, device=example.device)
         null = self.family.null_condition(1).to(example.device, example.dtype)
         t = torch.full((1,), 0.5, dtype=torch.float64, device=x.device)
