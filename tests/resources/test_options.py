@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,6 +216,34 @@ class TestAttention:
         assert seen == {"plain": 1}
         with pytest.raises(UserError, match="plain 1 times"):
             check_kernels(seen, "sdpa", "it")
+
+    def test_operators_of_xformers_are_seen(self) -> None:
+        @torch.library.custom_op("xformers_flash0::flash_fwd", mutates_args=())  # the real one ends without a number
+        def forward(x: Tensor) -> Tensor:
+            return x.clone()
+
+        seen = probe(lambda: forward(torch.ones(2)), "xformers", "it")
+        assert seen == {"xformers": 1}
+
+    @pytest.mark.parametrize(
+        ("events", "expected"),
+        [
+            ({"aten::_efficient_attention_forward": 3}, {"xformers": 3}),
+            ({"xformers_flash3::flash_fwd": 2, "aten::_flash_attention_forward": 2}, {"xformers": 2}),
+            ({"xformers_flash::flash_bwd": 2}, {}),
+            ({"aten::_scaled_dot_product_efficient_attention": 3, "aten::_efficient_attention_forward": 3},
+             {"efficient": 3}),
+            ({"aten::_scaled_dot_product_flash_attention": 1, "aten::_flash_attention_forward": 2},
+             {"flash": 1, "xformers": 1}),
+        ],
+    )  # fmt: skip
+    def test_torchs_kernels_are_those_of_xformers_where_torch_itself_did_not_call_them(
+        self, events: dict[str, int], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told = [SimpleNamespace(key=key, count=count) for key, count in events.items()]
+        seen = SimpleNamespace(key_averages=lambda: told)
+        monkeypatch.setattr("stepdistill.resources.attention.profile", lambda **_: nullcontext(seen))
+        assert kernels_of(lambda: None) == expected
 
     def test_a_kernel_that_is_not_there_is_a_mistake_and_no_silence(self) -> None:
         if torch.cuda.is_available():
