@@ -294,6 +294,16 @@ class TestAttention:
         assert "UNet2DConditionModel, attention: math: math" in result.output
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_a_choice_for_convolutions_too_and_ends_with_the_training(
+    allowed: bool, sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+    with settings_of(recipe_of(sd_folder, tmp_path, memory={"tf32": allowed})):
+        assert torch.backends.cudnn.allow_tf32 == allowed
+    assert torch.backends.cudnn.allow_tf32 == (not allowed)
+
+
 def test_options_that_say_nothing_leave_a_recipe_its_fingerprint(sd_folder: str, tmp_path: Path) -> None:
     plain = recipe_of(sd_folder, tmp_path)
     said = recipe_of(sd_folder, tmp_path, memory={"base": "fp32"}, attention="auto")
