@@ -204,8 +204,8 @@ class Cast:
         return view
 
     def state(self, role: str) -> RoleState:
-        """A copy of a role's trained weights."""
-        tensors = {name: whole(p.detach()).clone() for name, p in self.tensors(role).items()}
+        """A copy of a role's trained weights, in the CPU's memory: later stages need the device's for their own."""
+        tensors = {name: whole(p.detach()).to("cpu", copy=True) for name, p in self.tensors(role).items()}
         return RoleState(self.lora.get(role), tensors)
 
     def plain_state(self, role: str) -> dict[str, Tensor]:
@@ -301,7 +301,8 @@ class Cast:
     def _head(self, role: Head, seed: int, size: int | None) -> DenoiserHead:
         """Builds a head for features of the shapes that the teacher gives for one image of `size` pixels."""
         layers = self._layers(role)
-        example = next(self.family.network().parameters())
+        # Quantised layers keep bytes, in which nothing is computed.
+        example = next(p for p in self.family.network().parameters() if p.is_floating_point())
         x = torch.zeros(1, *self.family.latent_shape(size), dtype=example.dtype, device=example.device)
         null = self.family.null_condition(1).to(example.device, example.dtype)
         t = torch.full((1,), 0.5, dtype=torch.float64, device=x.device)

@@ -104,6 +104,7 @@ def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _Pair
     from stepdistill.data.pair_maker import PairSettings
     from stepdistill.data.prompts import SHAPES_SOURCE, load_prompts
     from stepdistill.options import build_dataclass
+    from stepdistill.resources.apply import loading_types
 
     given = _read_options(options)
     recipe = recipe_of(source)
@@ -120,7 +121,8 @@ def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _Pair
     if recipe is None:
         return _PairJob(source, texts, settings, Path(PAIRS_FOLDER), "auto")
     return _PairJob(recipe.teacher, texts, settings, Path(recipe.data.pairs or PAIRS_FOLDER), recipe.device,
-                    recipe.teacher_options())  # fmt: skip
+                    # Loaded as by a run, which takes the pairs of its own teacher only.
+                    {"dtype": loading_types(recipe.memory), **recipe.teacher_options()})  # fmt: skip
 
 
 def _read_options(options: Sequence[str]) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def _merge_stock(pipeline: Any, path: str, scale: float) -> None:
     pipeline.load_lora_weights(path, use_safetensors=True)
     if not pipeline.get_list_adapters():
         raise UserError(f"teacher_loras: {path} holds no layers of a {type(pipeline).__name__}")
-    pipeline.fuse_lora(lora_scale=scale)
+    # Of all components that it has layers of: the default of some pipelines leaves out the text encoders.
+    pipeline.fuse_lora(components=list(pipeline.get_list_adapters()), lora_scale=scale)
     pipeline.unload_lora_weights()
 
 

@@ -188,7 +188,8 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 @contextmanager
 def settings_of(recipe: Recipe) -> Iterator[None]:
     """Inside, torch's own switches are as the recipe says, and afterwards as they were."""
-    before = torch.get_float32_matmul_precision()
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = recipe.memory.tf32  # torch's default allows it for convolutions alone
     if recipe.memory.tf32:
         torch.set_float32_matmul_precision("high")
     try:
@@ -196,3 +197,4 @@ def settings_of(recipe: Recipe) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -10,7 +10,10 @@ import pytest
 from stepdistill import cli_data
 from stepdistill.data.pairs import load_pairs
 from stepdistill.errors import UserError
+from stepdistill.families import load_family
+from stepdistill.recipe import Recipe
 from stepdistill.recipe_text import dump_yaml
+from stepdistill.resources.apply import loading_types
 from tests.cli.test_cli import call
 from tests.tiny import PROMPTS, tiny_recipe
 
@@ -84,6 +87,16 @@ def test_the_command_makes_pairs_and_prints_their_folder(
     assert call(monkeypatch, *words, "guidance=4.0", "--quiet", "--fresh") == 0
     assert capsys.readouterr().out == f"{folder}\n"
     assert load_pairs(folder).facts["guidance"] == 4.0
+
+
+def test_pairs_fit_the_run_whose_teacher_is_kept_in_bfloat16(
+    sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file(tmp_path, sd_folder, pairs=str(tmp_path / "made"))
+    file.write_text(file.read_text() + "memory: {base: bf16}\nprecision: bf16\n")
+    assert call(monkeypatch, "data", "pairs", file, "steps=2", "--quiet") == 0
+    family = load_family(sd_folder, dtype=loading_types(Recipe.load(file).memory))  # as the run has it
+    assert len(load_pairs(tmp_path / "made", family)) == 3
 
 
 def test_ctrl_c_says_what_is_left(

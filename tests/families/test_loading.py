@@ -174,6 +174,20 @@ def test_loras_are_merged_with_their_scales_into_network_and_text_encoders(tmp_p
     assert not torch.allclose(family.encode_prompts(PROMPTS).tensors["pooled_prompt_embeds"], before, atol=1e-2)
 
 
+def test_the_text_encoders_part_of_a_flux_lora_is_merged_too(tmp_path: Path) -> None:
+    pipeline: Any = tiny_pipeline("flux")
+    type(pipeline).save_lora_weights(
+        tmp_path / "lora",
+        transformer_lora_layers=lora_of(pipeline.transformer, ["to_q"]),
+        text_encoder_lora_layers=lora_of(pipeline.text_encoder, ["q_proj", "v_proj"]),
+    )
+    plain, merged = load_family("tiny:flux"), load_family("tiny:flux", loras=[(str(tmp_path / "lora"), 1.0)])
+    before, after = (family.encode_prompts(PROMPTS).tensors["pooled_prompt_embeds"] for family in (plain, merged))
+    assert not torch.allclose(before, after, atol=1e-2)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    assert not torch.equal(plain.network().get_parameter(name), merged.network().get_parameter(name))
+
+
 def test_the_merged_teacher_is_kept_where_plain_diffusers_finds_it(tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 

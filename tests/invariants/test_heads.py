@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from stepdistill import finish
@@ -216,6 +217,28 @@ def test_a_head_on_a_transformer_judges_tokens(dit: ModelFamily) -> None:
     assert told.shape == (COUNT, 1)
 
 
+class Packed(nn.Linear):
+    """A linear layer whose parameter is bytes, as a quantised one's."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        self.bias, self.plain = layer.bias, [layer.weight]
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.plain[0], self.bias)
+
+
+def test_a_head_is_built_on_a_quantised_network_whose_first_parameter_is_bytes() -> None:
+    family = load_family("tiny:flux")
+    network = family.network()
+    path = next(name for name, _ in network.named_parameters()).removesuffix(".weight")
+    network.set_submodule(path, Packed(network.get_submodule(path)))
+    assert next(network.parameters()).dtype == torch.uint8
+    cast = Cast(family, {"teacher": Frozen(), "discriminator": Head(Discriminator)}, size=16)
+    assert {p.dtype for p in cast.parameters("discriminator").values()} == {torch.float32}
+
+
 def test_a_head_is_built_for_the_size_of_the_runs_images(sd: ModelFamily) -> None:
     cast = cast_with_head(sd, size=8)  # latents of 4 x 4, so 2 x 2 are left at the bottleneck
     x_t, t, condition = torch.randn(COUNT, 4, 4, 4), torch.full((COUNT,), 0.5), sd.encode_prompts(["red", "b"])
@@ -274,6 +297,16 @@ def test_weights_of_another_kind_cannot_be_copied(sd: ModelFamily) -> None:
     cast.park("critic", "a")
     with pytest.raises(UserError, match="parked as 'a' does not fit"):
         cast.fetch("a", "student")
+
+
+def test_a_roles_state_leaves_the_device_to_later_stages(sd: ModelFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_an_accelerator(value: Tensor) -> Tensor:
+        with FakeTensorMode():
+            return torch.empty(value.shape, device="cuda")
+
+    cast = Cast(sd, ROLES, lora={"critic": LORA, "student": LORA})
+    monkeypatch.setattr("stepdistill.cast.whole", on_an_accelerator)
+    assert {value.device.type for value in cast.state("student").tensors.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("key", ["", "a/b", "..\\a"])

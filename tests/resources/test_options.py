@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,6 +217,33 @@ class TestAttention:
         with pytest.raises(UserError, match="plain 1 times"):
             check_kernels(seen, "sdpa", "it")
 
+    def test_operators_of_xformers_are_seen(self) -> None:
+        library = torch.library.Library("xformers_flash0", "DEF")  # the real one's name ends without a number
+        library.define("flash_fwd(Tensor x) -> Tensor")
+        library.impl("flash_fwd", lambda x: x.clone(), "CPU")
+        seen = probe(lambda: torch.ops.xformers_flash0.flash_fwd(torch.ones(2)), "xformers", "it")
+        assert seen == {"xformers": 1}
+
+    @pytest.mark.parametrize(
+        ("events", "expected"),
+        [
+            ({"aten::_efficient_attention_forward": 3}, {"xformers": 3}),
+            ({"xformers_flash3::flash_fwd": 2, "aten::_flash_attention_forward": 2}, {"xformers": 2}),
+            ({"xformers_flash::flash_bwd": 2}, {}),
+            ({"aten::_scaled_dot_product_efficient_attention": 3, "aten::_efficient_attention_forward": 3},
+             {"efficient": 3}),
+            ({"aten::_scaled_dot_product_flash_attention": 1, "aten::_flash_attention_forward": 2},
+             {"flash": 1, "xformers": 1}),
+        ],
+    )  # fmt: skip
+    def test_torchs_kernels_are_those_of_xformers_where_torch_itself_did_not_call_them(
+        self, events: dict[str, int], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told = [SimpleNamespace(key=key, count=count) for key, count in events.items()]
+        seen = SimpleNamespace(key_averages=lambda: told)
+        monkeypatch.setattr("stepdistill.resources.attention.profile", lambda **_: nullcontext(seen))
+        assert kernels_of(lambda: None) == expected
+
     def test_a_kernel_that_is_not_there_is_a_mistake_and_no_silence(self) -> None:
         if torch.cuda.is_available():
             pytest.skip("this machine has the kernel")
@@ -262,6 +291,16 @@ class TestAttention:
         assert result.exit_code == 0, result.output
         assert "attention: flash: flash ran" in result.output
         assert "UNet2DConditionModel, attention: math: math" in result.output
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_a_choice_for_convolutions_too_and_ends_with_the_training(
+    allowed: bool, sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+    with settings_of(recipe_of(sd_folder, tmp_path, memory={"tf32": allowed})):
+        assert torch.backends.cudnn.allow_tf32 == allowed
+    assert torch.backends.cudnn.allow_tf32 == (not allowed)
 
 
 def test_options_that_say_nothing_leave_a_recipe_its_fingerprint(sd_folder: str, tmp_path: Path) -> None:
