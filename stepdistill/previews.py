@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Previews:
         teacher_steps: DDIM steps of the teacher's row.
         guidance: the teacher's guidance scale.
         size: pixel size, None for the teacher's own.
+        rows: at most so many samples at once, as in training; None: all.
         triptych_level: how far the student's samples are noised for teacher and critic, 0 to 1.
     """
 
@@ -45,6 +46,7 @@ class Previews:
     teacher_steps: int = 25
     guidance: float = 3.0
     size: int | None = None
+    rows: int | None = None
     triptych_level: float = 0.6
     _teacher_row: Tensor | None = None
 
@@ -62,8 +64,8 @@ class Previews:
         with own_randomness(self.seed, self.family.device):
             noise = torch.randn(len(self.prompts), *self.family.latent_shape(self.size)).to(self.family.device)
             if teacher is not None and self._teacher_row is None:
-                self._teacher_row = self._decode(self._many_steps(teacher, noise))
-            x0 = self._few_steps(student, noise)
+                self._teacher_row = self._decode(self._in_parts(self._many_steps, teacher, noise))
+            x0 = self._in_parts(self._few_steps, student, noise)
             rows = {} if self._teacher_row is None else {"teacher": self._teacher_row}
             rows["student"] = self._decode(x0)
             if teacher is not None and critic is not None:
@@ -83,15 +85,24 @@ class Previews:
             return None
         return path
 
-    def _few_steps(self, student: Denoiser, noise: Tensor) -> Tensor:
-        if self.spec is None:
-            return self._many_steps(student, noise)
-        return student_samples(student, noise, self.family.encode_prompts(self.prompts), self.spec)
+    def _parts(self) -> list[slice]:
+        rows = self.rows or len(self.prompts)
+        return [slice(start, start + rows) for start in range(0, len(self.prompts), rows)]
 
-    def _many_steps(self, denoiser: Denoiser, noise: Tensor) -> Tensor:
+    def _in_parts(
+        self, sample: Callable[[Denoiser, Tensor, Sequence[str]], Tensor], denoiser: Denoiser, noise: Tensor
+    ) -> Tensor:
+        return torch.cat([sample(denoiser, noise[part], self.prompts[part]) for part in self._parts()])
+
+    def _few_steps(self, student: Denoiser, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+        if self.spec is None:
+            return self._many_steps(student, noise, prompts)
+        return student_samples(student, noise, self.family.encode_prompts(prompts), self.spec)
+
+    def _many_steps(self, denoiser: Denoiser, noise: Tensor, prompts: Sequence[str]) -> Tensor:
         times = grid(denoiser.schedule, trailing(denoiser.schedule, self.teacher_steps), noise.device)
-        condition = self.family.encode_prompts(self.prompts)
-        null = self.family.null_condition(len(self.prompts))
+        condition = self.family.encode_prompts(prompts)
+        null = self.family.null_condition(len(prompts))
         return ddim(denoiser, noise, times, condition, null=null, guidance=self.guidance)
 
     def _guesses(self, x0: Tensor, teacher: Denoiser, critic: Denoiser) -> dict[str, Tensor]:
@@ -99,16 +110,19 @@ class Previews:
         index = round(self.triptych_level * teacher.schedule.num_train_timesteps) - 1
         t = grid(teacher.schedule, (index,), x0.device).expand(len(x0))
         x_t = add_noise(teacher.schedule, x0, t, torch.randn(x0.shape).to(x0))
-        condition = self.family.encode_prompts(self.prompts)
-        null = self.family.null_condition(len(self.prompts))
-        guesses = {
-            "teacher's x0": teacher.guided(x_t, t, condition, null, self.guidance).x0,
-            "critic's x0": critic(x_t, t, condition).x0,
-        }
+        seen, drawn = [], []
+        for part in self._parts():
+            condition = self.family.encode_prompts(self.prompts[part])
+            null = self.family.null_condition(len(self.prompts[part]))
+            seen.append(teacher.guided(x_t[part], t[part], condition, null, self.guidance).x0)
+            drawn.append(critic(x_t[part], t[part], condition).x0)
+        guesses = {"teacher's x0": torch.cat(seen), "critic's x0": torch.cat(drawn)}
         return {name: self._decode(guess) for name, guess in guesses.items()}
 
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.family.decode_latents(latents).cpu()
+        # One image at a time and in full precision: decoders are large, and some overflow in half precision.
+        with torch.autocast(latents.device.type, enabled=False):
+            return torch.cat([self.family.decode_latents(one).cpu() for one in latents.unsqueeze(1)])
 
 
 def to_pil(image: Tensor) -> Image.Image:

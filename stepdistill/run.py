@@ -243,18 +243,20 @@ class _Run:
         trainer = Trainer(
             cast, objective, players, self.batches, self.accelerator, settings, self.folder.checkpoints,
             self.folder.log, monitor=open_monitor(recipe, stage, objective, cast, self.accelerator, self.part),
-            on_step=self._on_step(cast, objective, players["student"], settings.first_step),
+            on_step=self._on_step(cast, objective, players["student"], index, settings.first_step),
         )  # fmt: skip
         return trainer, cast
 
     def _on_step(
-        self, cast: Cast, objective: Objective, student: Player, first_step: int
+        self, cast: Cast, objective: Objective, student: Player, stage: int, first_step: int
     ) -> Callable[[Progress], None]:
         """What happens after every iteration of a stage: progress is shown, and now and then a picture is made."""
+        from stepdistill.trainer import NO_CACHE
         from stepdistill.watching import open_previews, view_of
 
         config, draws = self.recipe.previews, self.accelerator.is_main_process or cast.divided
-        previews = open_previews(self.recipe, self.family, objective.inference(), self.folder, self.part)
+        previews = open_previews(self.recipe, self.family, objective.inference(), self.folder, self.part,
+                                 self.recipe.stages[stage].batch_size)  # fmt: skip
         if previews is not None and not self.accelerator.is_main_process:
             previews.folder = None
 
@@ -263,7 +265,8 @@ class _Run:
             if previews is None or config is None or not draws:
                 return
             if progress.step == progress.steps or progress.step % config.every == 0:
-                with student.averaged():
+                # As in training: weights in half precision do not take samples in float32 otherwise.
+                with student.averaged(), self.accelerator.autocast(NO_CACHE):
                     previews.write(
                         cast.denoiser("student"), view_of(cast, objective, "teacher"), first_step + progress.step,
                         critic=view_of(cast, objective, "critic"),

@@ -24,16 +24,21 @@ if TYPE_CHECKING:
 
 
 def open_previews(
-    recipe: Recipe, family: ModelFamily, spec: InferenceSpec | None, folder: RunFolder, part: Part | None = None
+    recipe: Recipe,
+    family: ModelFamily,
+    spec: InferenceSpec | None,
+    folder: RunFolder,
+    part: Part | None = None,
+    rows: int | None = None,
 ) -> Previews | None:
-    """What draws the preview grids, or None."""
+    """What draws the preview grids, at most `rows` samples at once, or None."""
     config = recipe.previews
     if config is None:
         return None
     given = config.prompts
     prompts = first_prompts(recipe, given, part) if isinstance(given, int) else given
     return Previews(family, prompts, spec, folder.previews, config.seed, guidance=teacher_guidance(recipe),
-                    size=recipe.data.size)  # fmt: skip
+                    size=recipe.data.size, rows=rows)  # fmt: skip
 
 
 def open_monitor(

@@ -26,7 +26,13 @@ import diffusers, torch
 from safetensors.torch import load_file, save_file
 
 job = json.loads(sys.argv[1])
-pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], dtype=torch.float32)
+absent = {}
+if job["lora"]:  # the folder is a teacher's, where what only judges images may never have been downloaded
+    index = diffusers.DiffusionPipeline.load_config(job["folder"])
+    if index["_class_name"] == "StableDiffusionPipeline":
+        absent = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
+        absent["requires_safety_checker"] = False
+pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], dtype=torch.float32, **absent)
 pipe.set_progress_bar_config(disable=True)
 pipe.watermark = None  # SDXL hides one in its images wherever a certain package is installed
 if job["lora"]:

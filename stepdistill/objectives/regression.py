@@ -84,9 +84,11 @@ class Regression:
         """LPIPS of the decoded images; the decoder's and VGG16's graphs are freed before the student's backward."""
         assert self.lpips is not None, "checked when the objective was made"
         decode, network = cast.family.decode_latents, load_lpips(self.lpips, x0.device)
-        with torch.no_grad():
-            wanted = decode(target).float()
-        return taken_early(x0, lambda x: network(decode(x).float(), wanted).mean())
+        # In float32: in half precision decoders overflow.
+        with torch.autocast(x0.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = decode(target).float()
+            return taken_early(x0.float(), lambda x: network(decode(x).float(), wanted).mean())
 
 
 def pairs_of(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -46,11 +46,20 @@ def check_options(recipe: Recipe) -> None:
     from stepdistill.recipe import check_extra
 
     memory, where = recipe.memory, recipe.where("memory")
+    check_precision(recipe)
     package = {"int8": "torchao", "nf4": "bitsandbytes"}.get(memory.base)
     if package is not None:
         check_extra(package, f"{where}.base: {memory.base}")
     if recipe.attention == "xformers":
         check_extra("xformers", recipe.where("attention: xformers"))
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Raises UserError for weights in half precision where nothing turns what goes into them into the same type."""
+    base = recipe.memory.base
+    if base != "fp32" and recipe.precision == "fp32":
+        raise UserError(f"{recipe.where('memory.base')}: weights in {base} cannot be computed with in float32, which "
+                        "precision: fp32 asks for; use precision: bf16, or base: fp32")  # fmt: skip
 
 
 def prepare_teacher(family: ModelFamily, memory: MemoryConfig) -> None:

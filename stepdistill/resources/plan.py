@@ -166,8 +166,10 @@ def plan(
             its batches or divide its networks.
     """
     from stepdistill.processes.launch import check_divided, shares
+    from stepdistill.resources.apply import check_precision
 
     recipe = recipe.resolved()
+    check_precision(recipe)
     if shard:
         check_divided(recipe)
     parts = num_processes if shard else 1

@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -448,6 +449,22 @@ def test_a_lora_on_the_teacher_in_a_fresh_process_gives_the_adapters_images(expo
     assert (expected - teacher).abs().max() > 1e-2
     header = json.loads((folder / "distillation_config.json").read_text())
     assert (header["rank"], header["method"]) == (4, "vsd")
+
+
+def test_a_lora_is_checked_on_a_teacher_whose_index_names_a_safety_checker_that_was_never_fetched(exports, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(exports.sd.path, base)
+    for name in ("safety_checker", "feature_extractor"):
+        shutil.rmtree(base / name, ignore_errors=True)
+    index = json.loads((base / "model_index.json").read_text())
+    absent = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+              "feature_extractor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
+    (base / "model_index.json").write_text(json.dumps({**index, **absent, "requires_safety_checker": True}))
+    adapted = with_adapters(exports.sd.network(), rank=4, alpha=12)
+    state = get_peft_model_state_dict(adapted)
+    folder = export_lora(exports.sd, state, rank=4, alpha=12, folder=tmp_path / "lora", spec=ONE, facts=FACTS)
+    expected = sample_by_hand(exports.sd, adapted, ONE.timesteps, 3, LATENTS)
+    assert verify_export(base, expected, ImageRequest(PROMPTS, steps=1, latents=LATENTS, seed=3), lora=folder) <= 1e-4
 
 
 def loaded_with_lora(family: ModelFamily, folder: Path) -> nn.Module:

@@ -27,6 +27,7 @@ from stepdistill.resources.apply import check_options, loading_types, prepare_ca
 from stepdistill.resources.attention import check_kernels, chosen_attention, kernels_of, probe, usable_xformers
 from stepdistill.resources.config import MemoryConfig
 from stepdistill.resources.offload import offload_states
+from stepdistill.resources.plan import plan
 from stepdistill.run import train
 from stepdistill.trainer import Trainer
 from tests.tiny import LORA, PaintedLatents, tiny_recipe, trainer_of, weights_of
@@ -126,8 +127,9 @@ class TestBase:
     @pytest.mark.usefixtures("new_precision")
     def test_a_half_precision_base_trains_adapters_in_float32(self, sd_folder: str, tmp_path: Path) -> None:
         recipe = recipe_of(sd_folder, tmp_path, memory={"base": "bf16"}, precision="bf16",
-                           export={"pipeline": True, "lora": True})  # fmt: skip
+                           previews={"every": 6, "prompts": 3}, export={"pipeline": True, "lora": True})  # fmt: skip
         result = train(recipe)
+        assert [file.name for file in (tmp_path / "run" / "previews").iterdir()] == ["step-0000006.png"]
         assert result.pipeline is not None
         exported = StableDiffusionPipeline.from_pretrained(result.pipeline)
         base = load_family(sd_folder).network().state_dict()
@@ -149,7 +151,16 @@ class TestBase:
         for base, package in (("int8", "torchao"), ("nf4", "bitsandbytes")):
             if find_spec(package) is None:
                 with pytest.raises(UserError, match=rf"pip install 'stepdistill\[{package}\]'"):
-                    check_options(recipe_of(sd_folder, tmp_path, memory={"base": base}))
+                    check_options(recipe_of(sd_folder, tmp_path, memory={"base": base}, precision="bf16"))
+
+    @pytest.mark.parametrize("base", ["bf16", "fp16", "int8", "nf4"])
+    def test_a_half_precision_base_is_refused_where_everything_is_computed_in_float32(
+        self, sd_folder: str, tmp_path: Path, base: str
+    ) -> None:
+        recipe = recipe_of(sd_folder, tmp_path, memory={"base": base})
+        for check in (check_options, plan):
+            with pytest.raises(UserError, match=r"memory\.base: .* use precision: bf16"):
+                check(recipe)
 
     def test_after_a_stage_the_network_is_what_it_was(self, sd_folder: str) -> None:
         family = load_family(sd_folder)

@@ -186,7 +186,9 @@ class TestPlan:
     def test_a_half_precision_base_halves_the_weights(self, sd_folder: str, tmp_path: Path) -> None:
         players = {"default": {"weights": LORA}}
         wide = planned(sd_folder, tmp_path, {"name": "vsd"}, players=players)
-        half = planned(sd_folder, tmp_path, {"name": "vsd"}, players=players, memory={"base": "bf16"})
+        half = planned(
+            sd_folder, tmp_path, {"name": "vsd"}, players=players, memory={"base": "bf16"}, precision="bf16"
+        )
         family = load_family(sd_folder)
         vae = sum(p.numel() * 4 for p in family.pipeline.vae.parameters())
         adapters = sum(4 * role.trained for role in wide.roles)

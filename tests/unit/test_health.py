@@ -461,6 +461,38 @@ def test_previews_show_triptychs_where_there_are_teacher_and_critic(
     assert (tmp_path / "step-0000003.png").is_file()
 
 
+def test_previews_take_no_more_samples_at_once_than_training_and_decode_one_image_in_full_precision(
+    sd: ModelFamily, tmp_path: Path, shown: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cast = trainer_of(sd, DMD2(critic_updates=1)).cast
+    views = [cast.denoiser(role) for role in ("student", "teacher", "critic")]
+    decoded, called = [], []
+    decode, forward = sd.decode_latents, sd.network().forward
+
+    def decoding(latents: Tensor) -> Tensor:
+        decoded.append((len(latents), torch.is_autocast_enabled("cpu")))
+        return decode(latents)
+
+    def calling(x_t: Tensor, *args: Any, **options: Any) -> Any:
+        called.append(len(x_t))
+        return forward(x_t, *args, **options)
+
+    options: dict[str, Any] = {"teacher_steps": 2, "guidance": 1.0}
+    whole = Previews(sd, ("a", "b", "c"), InferenceSpec((999,)), tmp_path, **options)
+    whole.write(*views[:2], 1, critic=views[2])
+    monkeypatch.setattr(sd, "decode_latents", decoding)
+    monkeypatch.setattr(sd.network(), "forward", calling)
+    parts = Previews(sd, ("a", "b", "c"), InferenceSpec((999,)), tmp_path, rows=2, **options)
+    parts.write(*views[:2], 2, critic=views[2])
+    assert called and max(called) == 2
+    assert decoded == [(1, False)] * 12
+    for name, images in shown[0].items():
+        torch.testing.assert_close(shown[1][name], images, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts.write(*views[:2], 3, critic=views[2])
+    assert set(decoded) == {(1, False)}
+
+
 # ---- in a recipe ---------------------------------------------------------------------------------------------------
 
 

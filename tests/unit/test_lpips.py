@@ -85,6 +85,25 @@ def test_the_regression_loss_has_the_gradient_of_the_whole_chain(sd: ModelFamily
     assert all(p.grad is None and not p.requires_grad for p in network.parameters())
 
 
+def test_images_are_decoded_and_compared_in_full_precision_under_autocast(
+    sd: ModelFamily, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x0, target = torch.randn(2, 2, *sd.latent_shape()).unbind()
+    decode, seen = sd.decode_latents, []
+
+    def decoding(latents: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return decode(latents)
+
+    monkeypatch.setattr(sd, "decode_latents", decoding)
+    cast, objective = SimpleNamespace(family=sd), Regression(distance="lpips", lpips=weights)
+    plain = objective.error(cast, x0, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = objective.error(cast, x0, target)
+    assert seen == [False] * 4
+    torch.testing.assert_close(value, plain)
+
+
 def test_a_missing_or_wrong_file_is_told_with_the_way_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"nothing\.safetensors cannot be read as safetensors .* make it with save_file"
