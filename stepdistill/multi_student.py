@@ -94,7 +94,7 @@ def train_students(recipe: Recipe, *, resume: bool | None, console: Console | No
     folder, display = RunFolder(Path(recipe.output)), Display(console)
     _check(recipe)
     if processes.is_main_process:
-        _claim(folder, recipe, resume)
+        folder.claim(recipe, False if resume is False else None)
     processes.wait_for_everyone()
     students = [student_recipe(recipe, number) for number in range(config.students)]
     folders = [RunFolder(Path(student.output)) for student in students]
@@ -143,15 +143,6 @@ def _check(recipe: Recipe) -> None:
     if spec is not None and spec.adapter is not None:
         raise UserError(f"{recipe.where('multi_student')}: students of {recipe.stages[index].objective.name!r} are "
                         "adapters for any checkpoint, to which nothing routes; leave multi_student away")  # fmt: skip
-
-
-def _claim(folder: RunFolder, recipe: Recipe, resume: bool | None) -> None:
-    """Makes the folder this recipe's own; one that holds students trained apart and nothing else may become it."""
-    record = folder.path / "recipe.yaml"
-    inside = list(folder.path.iterdir()) if folder.path.is_dir() else []
-    if inside and not record.is_file() and all(path.name.startswith(STUDENT) for path in inside):
-        record.write_text(recipe.to_yaml(), encoding="utf-8")
-    folder.claim(recipe, False if resume is False else None)
 
 
 def _found(

@@ -57,10 +57,11 @@ class RunFolder:
             UserError: it holds a run of another recipe, or something that is no run; or there is nothing to resume.
         """
         record, mark = self.path / RECORD, self.path / ENVIRONMENT
+        welcome = (PARTITION,) if recipe.multi_student is None else (PARTITION, STUDENT)  # these may be trained apart
         if record.is_file() and mark.is_file():  # a recipe alone may be a user's own
             if resume is not False and self._begun():
                 self._check_same(recipe, record)
-        elif self.path.exists() and any(not file.name.startswith(PARTITION) for file in self.path.iterdir()):
+        elif self.path.exists() and any(not file.name.startswith(welcome) for file in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another folder with output=...")
         if resume and not (self.checkpoints.steps() or self.stages_done()):
             raise UserError(f"{self.path} holds no checkpoint to resume from; start without --resume")
@@ -73,7 +74,7 @@ class RunFolder:
         """
         self.check(recipe, resume)
         try:
-            if resume is False and (self.path / RECORD).is_file():
+            if resume is False and ((self.path / RECORD).is_file() or any(self.path.glob(f"{STUDENT}*"))):
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             _record(self.path / RECORD, "#!/usr/bin/env -S stepdistill train\n" + recipe.to_yaml(), mode=0o755)
