@@ -35,6 +35,7 @@ from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.bench.prompts import ShapesProtocol
 from stepdistill.recipe import Recipe, build_objective
 from stepdistill.recipe_sections import StageConfig
+from stepdistill.run import export
 from stepdistill.run_folder import RunFolder
 
 
@@ -46,7 +47,10 @@ CELLS = (
     "lightning_4step", "ladd_1step", "add_1step", "multi_student_1step", "small_1step",
     "agd", "guidance_lora", "guidance_embedding",
 )  # fmt: skip
-STEPS = {"hyper_lora": (1, 2, 4, 8)}  # students for several numbers of steps, each of which gets a row
+# Students that are measured at several numbers of steps, each of which gets a row. LCM's is one for four, and is asked
+# for one as well: that is what segmented consistency is compared with (arXiv:2404.13686).
+STEPS = {"hyper_lora": (1, 2, 4, 8), "lcm_4step": (1, 4)}
+EARLIER = {"progressive_4step": (0, 1)}  # stages before the last whose students get a row too
 HYBRIDS = ("dmd2_4step", "lightning_4step")  # students that get a row with their teacher's first step, too
 TEACHER = "teacher:"  # in front of a teacher's path: a cell to compare with
 TEACHER_STEPS = 25
@@ -176,6 +180,7 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, A
     per_iteration = json.loads(plan.read_text())
     recipe = scaled(recipe, per_iteration, args.passes)
     result = train(recipe)
+    earlier = [export(result.folder, f"stage-{n}", folder / f"stage-{n}").pipeline for n in EARLIER.get(name, ())]
     assert result.pipeline or result.adapter, "every cell's recipe exports its pipeline, or is an adapter"
     spec = build_objective(recipe.stages[-1].objective, recipe.source).inference()
     assert spec is not None, "every cell makes a few-step student"
@@ -185,7 +190,8 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, A
         train_seconds=RunFolder(result.folder).train_seconds(),
     )  # fmt: skip
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_memory()
-    models = [replace(student, name=f"{name}, {n} steps", steps=n) for n in STEPS.get(name, ())] or [student]
+    models = [replace(student, name=f"{name}, {plural(n, 'step')}", steps=n) for n in STEPS.get(name, ())] or [student]
+    models += [stage_student(student, recipe, n, path) for n, path in zip(EARLIER.get(name, ()), earlier, strict=True)]
     if name in HYBRIDS:
         models.append(replace(student, name=f"{name}, hybrid", base=recipe.teacher, base_guidance=args.guidance))
     spent = sum(stage.steps * n for stage, n in zip(recipe.stages, per_iteration, strict=True))
@@ -193,6 +199,18 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, A
     facts = {"seed": seed, "teacher": recipe.teacher, "iterations": iterations, "passes": spent,
              "training_peak_gib": peak / 2**30}  # fmt: skip
     return [{**row, **facts} for row in measured(models, args, folder / "report", recipe.sha256)]
+
+
+def plural(count: int, thing: str) -> str:
+    """1, "step" => 1 step; 2, "step" => 2 steps."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def stage_student(last: ModelUnderTest, recipe: Recipe, stage: int, path: Path | None) -> ModelUnderTest:
+    """The student as an earlier stage left it, called as that stage's objective says."""
+    spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
+    assert spec is not None and path is not None, "such a stage makes a few-step student, and its recipe exports it"
+    return replace(last, name=f"{last.name}, stage {stage + 1}", path=str(path), steps=spec.num_steps)
 
 
 def peak_memory() -> int:

@@ -116,8 +116,9 @@ def _kind(source: str, kind: str | None) -> str:
         if kind not in KINDS:
             raise UserError(f"--as {kind}: expected {' or '.join(KINDS)}")
         return kind
-    suffix = Path(parse_source(source).place).suffix.lower()
-    return "prompts" if source == "shapes" or (suffix in SUFFIXES and suffix != ".tar") else "images"
+    parsed = parse_source(source)
+    suffix = Path(parsed.place).suffix.lower()
+    return "prompts" if parsed.is_shapes or (suffix in SUFFIXES and suffix != ".tar") else "images"
 
 
 def _check_source(source: str, kind: str, size: int, count: int | None, pixels: bool) -> Iterator[Checked]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepdistill.data.findings import Findings
 from stepdistill.data.pixels import fit
-from stepdistill.data.shapes import IMAGE_SIZE, captioned_scene, render, to_tensor
+from stepdistill.data.shapes import IMAGE_SIZE, CaptionedScene, captioned_scene, render, to_tensor
 from stepdistill.data.source import SHAPES_SOURCE, parse_source
 from stepdistill.errors import UserError
 from stepdistill.framing import Framing, Size
@@ -86,9 +86,10 @@ def load_images(
     """Opens a source of captioned images.
 
     Args:
-        source: "shapes" (the bundled scenes, endless); a folder, also nested, with images and captions: either
-            `name.txt` beside `name.png`, or a `metadata.jsonl` of objects with file_name and text, caption or prompt;
-            webdataset shards, `name.tar` or a pattern or a folder of them; hf:owner/name or hf:folder.
+        source: "shapes" (the bundled scenes, endless; "shapes?objects=2": those of two); a folder, also nested, with
+            images and captions: either `name.txt` beside `name.png`, or a `metadata.jsonl` of objects with file_name
+            and text, caption or prompt; webdataset shards, `name.tar` or a pattern or a folder of them;
+            hf:owner/name or hf:folder.
         size: side of the square images in pixels; others are cropped at the centre and resized to it. None: 64 for
             "shapes"; everything else needs it.
         seed: which endless series of scenes; only for "shapes".
@@ -105,7 +106,7 @@ def load_images(
     if parsed.is_shapes:
         if buckets:
             raise UserError('images: "shapes" are squares and need no buckets; set data.buckets: null')
-        return ShapesImages(seed=seed, size=size or IMAGE_SIZE)
+        return ShapesImages(seed=seed, size=size or IMAGE_SIZE, objects=parsed.objects)
     if size is None:
         raise UserError(f"{source}: images need a size in pixels, for example data.size=512")
     if parsed.is_hub:
@@ -119,16 +120,24 @@ def load_images(
 
 @dataclass(frozen=True)
 class ShapesImages(ImageSet):
-    """Rendered scenes: image i is scene i of the series `seed`, made when it is asked for."""
+    """Rendered scenes: image i is scene i of the series `seed`, made when it is asked for.
+
+    Attributes:
+        seed: which series.
+        size: side of the images in pixels.
+        objects: in every scene; None: one or two.
+    """
 
     seed: int = 1
     size: int = IMAGE_SIZE
+    objects: int | None = None
 
     @property
     def fingerprint(self) -> str:
         """Of the seed, the size, and one painted scene, which stands for the way scenes are painted."""
         sample = self.batch([0])
-        return digest([self.seed, self.size, *sample.captions, sample.images.sum().item()])
+        kind = [] if self.objects is None else [self.objects]
+        return digest([self.seed, self.size, *kind, *sample.captions, sample.images.sum().item()])
 
     def indices(self, seed: int, start: int, count: int) -> list[int]:
         """Scene numbers; no scene comes twice, and the scenes have a seed of their own already."""
@@ -136,17 +145,21 @@ class ShapesImages(ImageSet):
 
     def batch(self, indices: Sequence[int]) -> ImageBatch:
         """Paints the scenes with these numbers."""
-        scenes = [captioned_scene(self.seed, index) for index in indices]
+        scenes = self._scenes(indices)
         images = [fit(render(scene.scene), Size(self.size, self.size)) for scene in scenes]
         return ImageBatch(to_tensor(images), [scene.caption for scene in scenes])
 
     def texts(self, indices: Sequence[int]) -> list[str]:
         """The captions, without painting."""
-        return [captioned_scene(self.seed, index).caption for index in indices]
+        return [scene.caption for scene in self._scenes(indices)]
 
     def summary(self) -> str:
         """What is played."""
-        return f"endless images from {SHAPES_SOURCE} (seed {self.seed})"
+        kind = "" if self.objects is None else f", {self.objects} in each"
+        return f"endless images from {SHAPES_SOURCE} (seed {self.seed}{kind})"
+
+    def _scenes(self, indices: Sequence[int]) -> list[CaptionedScene]:
+        return [captioned_scene(self.seed, index, objects=self.objects) for index in indices]
 
 
 def digest(facts: Sequence[object]) -> str:

@@ -80,8 +80,8 @@ def load_prompts(
     if parsed.is_shapes:
         if count is None:
             raise UserError('prompts "shapes" are endless: say how many, for example count: 8192')
-        captions = tuple(captioned_scene(seed, index).caption for index in range(count))
-        return PromptSet(captions, f"{SHAPES_SOURCE} (seed {seed})")
+        scenes = (captioned_scene(seed, index, objects=parsed.objects) for index in range(count))
+        return PromptSet(tuple(scene.caption for scene in scenes), f"{parsed.text} (seed {seed})")
     findings = findings or Findings()
     prompts: list[str] = []
     for place, entry in _entries(parsed, findings):

@@ -42,6 +42,7 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
 }
 SIZES: Mapping[str, float] = {"small": 8.5, "large": 13.5}  # half of an object's extent, in pixels
 RELATIONS = ("left of", "above")
+COUNTS = (1, 2)  # objects in a scene
 
 # Words that a caption may use for a value; the first is the value's own name.
 WORDINGS: Mapping[str, tuple[str, ...]] = {
@@ -108,9 +109,10 @@ class CaptionedScene:
     demand: Demand
 
 
-def sample_scene(rng: random.Random) -> Scene:
-    """Draws a scene: one or two objects with equal odds, every attribute uniform."""
-    return complete_scene(open_demand(rng.choice((1, 2)), rng.choice(RELATIONS)), rng)
+def sample_scene(rng: random.Random, objects: int | None = None) -> Scene:
+    """Draws a scene: one or two objects with equal odds, or as many as are asked for; every attribute uniform."""
+    count = rng.choice(COUNTS)
+    return complete_scene(open_demand(objects or count, rng.choice(RELATIONS)), rng)
 
 
 def open_demand(num_objects: int, relation: str | None = None) -> Demand:
@@ -227,10 +229,17 @@ def render(scene: Scene) -> Image.Image:
     return image
 
 
-def captioned_scene(seed: int, index: int, *, keep: float = 0.7) -> CaptionedScene:
-    """The `index`-th scene of the endless data set `seed`; depends on nothing else."""
+def captioned_scene(seed: int, index: int, *, keep: float = 0.7, objects: int | None = None) -> CaptionedScene:
+    """The `index`-th scene of the endless data set `seed`; depends on nothing else.
+
+    Args:
+        seed: which data set.
+        index: which scene.
+        keep: see `caption_scene`.
+        objects: 1 or 2 in every scene; None: as it comes.
+    """
     rng = random.Random(f"shapes/{seed}/{index}")
-    return caption_scene(sample_scene(rng), rng, keep=keep)
+    return caption_scene(sample_scene(rng, objects), rng, keep=keep)
 
 
 def captioned_scenes(seed: int, start: int = 0, *, keep: float = 0.7) -> Iterator[CaptionedScene]:

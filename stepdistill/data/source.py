@@ -1,6 +1,6 @@
 """What the text that names a source of data means: `place?key=value&key=value`.
 
-shapes                              the bundled scenes
+shapes, shapes?objects=2            the bundled scenes, or those of so many objects
 prompts.txt, captions/*.parquet     files; patterns and number ranges {0000..0012} name several
 photos/                             a folder of images
 shards/{0000..0012}.tar             webdataset shards
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepdistill.data.shapes import COUNTS
 from stepdistill.errors import UserError
 from stepdistill.recipe_text import nearest
 
@@ -26,6 +27,7 @@ PROMPT_KEYS = ("prompt", "caption", "text")  # tried in this order wherever entr
 IMAGE_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp")
 OPTIONS = ("prompt", "image")  # of every source with keys
 HUB_OPTIONS = (*OPTIONS, "split", "config", "revision", "stream")
+SHAPES_OPTIONS = ("objects",)
 _QUERY = re.compile(r"^(?P<place>.+)\?(?P<query>\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -48,6 +50,11 @@ class Source:
     def is_shapes(self) -> bool:
         """Whether the bundled scenes are meant."""
         return self.place == SHAPES_SOURCE
+
+    @property
+    def objects(self) -> int | None:
+        """How many objects all of the bundled scenes are to have; None: as it comes."""
+        return int(self.options["objects"]) if "objects" in self.options else None
 
     @property
     def is_hub(self) -> bool:
@@ -88,16 +95,19 @@ def parse_source(text: str | Path) -> Source:
     """Takes the text of a source apart.
 
     Raises:
-        UserError: an option that this kind of source does not have.
+        UserError: an option that this kind of source does not have, or a value that it cannot have.
     """
     match = _QUERY.match(str(text))
     if match is None:
         return Source(str(text), str(text))
     options = dict(pair.split("=", 1) for pair in match["query"].split("&"))
-    known = HUB_OPTIONS if match["place"].startswith(HUB) else OPTIONS
+    shapes = match["place"] == SHAPES_SOURCE
+    known = SHAPES_OPTIONS if shapes else HUB_OPTIONS if match["place"].startswith(HUB) else OPTIONS
     for name in options:
         if name not in known:
             raise UserError(f"{text}: unknown option {name!r}; {nearest(name, known)}")
+    if shapes and options["objects"] not in map(str, COUNTS):
+        raise UserError(f"{text}: a scene has {' or '.join(map(str, COUNTS))} objects, not {options['objects']}")
     return Source(str(text), match["place"], options)
 
 

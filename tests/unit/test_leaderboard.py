@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from benchmarks import objectives
+from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.recipe import Recipe, build_objective
 
 
@@ -38,6 +39,16 @@ def test_every_cell_is_a_recipe_of_a_few_step_student(name: str) -> None:
     assert recipe.export.pipeline
     assert spec is not None
     assert max(objectives.STEPS.get(name, (0,))) <= spec.num_steps
+
+
+@pytest.mark.parametrize(("name", "stage"), [(name, n) for name, stages in objectives.EARLIER.items() for n in stages])
+def test_an_earlier_stages_student_is_called_as_that_stage_says(name: str, stage: int) -> None:
+    recipe = objectives.recipe_of(name, (), objectives.parsed([]))
+    last = ModelUnderTest(name, "last", 4, 1.0, train_seconds=1.0)
+    found = objectives.stage_student(last, recipe, stage, Path("folder"))
+    assert (found.name, found.path) == (f"{name}, stage {stage + 1}", "folder")
+    assert found.steps == len(recipe.stages[stage].objective.model_dump()["timesteps"])
+    assert found.steps > len(recipe.stages[-1].objective.model_dump()["timesteps"])
 
 
 def test_the_command_can_name_one_teacher_for_all() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stepdistill.data import shapes
 from stepdistill.data.check import check_images, check_prompts
 from stepdistill.data.hub import WINDOW, HubImages
 from stepdistill.data.images import load_images
@@ -35,6 +36,24 @@ def shard(path: Path, members: dict[str, bytes], mode: Any = "w") -> Path:
             told.size = len(content)
             tar.addfile(told, io.BytesIO(content))
     return path
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_the_bundled_scenes_can_all_have_so_many_objects(objects: int) -> None:
+    text = f"shapes?objects={objects}"
+    scenes = [shapes.captioned_scene(1, index, objects=objects) for index in range(40)]
+    assert {len(scene.scene.objects) for scene in scenes} == {objects}
+    captions = [scene.caption for scene in scenes]
+    assert load_images(text).texts(range(40)) == captions
+    assert load_prompts(text, count=40).prompts == tuple(captions)
+    assert len({load_images(each).fingerprint for each in ("shapes", text)}) == 2
+
+
+def test_a_number_of_objects_that_no_scene_has_is_refused() -> None:
+    with pytest.raises(UserError, match="a scene has 1 or 2 objects, not 3"):
+        parse_source("shapes?objects=3")
+    with pytest.raises(UserError, match="unknown option 'object'"):
+        parse_source("shapes?object=2")
 
 
 def test_options_stand_behind_a_question_mark_and_unknown_ones_are_refused() -> None:
