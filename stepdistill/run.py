@@ -94,10 +94,9 @@ class _Run:
     """One run in progress."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, display: Display, accelerator: Accelerator) -> None:
-        from stepdistill.families import load_family
         from stepdistill.processes.launch import open_sharding, shares
         from stepdistill.recipe import build_objective
-        from stepdistill.resources.apply import check_options, loading_types, prepare_teacher
+        from stepdistill.resources.apply import check_options, open_teacher
 
         self.recipe, self.folder, self.display = recipe, folder, display
         self.objectives: list[Objective] = [
@@ -111,12 +110,7 @@ class _Run:
         self.sharding = open_sharding(accelerator)
         self.shares = shares(recipe, accelerator.num_processes, sharded=self.sharding is not None)
         display.say(f"loading {recipe.teacher}")
-        self.family: ModelFamily = load_family(
-            recipe.teacher, dtype=loading_types(recipe.memory), device=str(self.accelerator.device),
-            **recipe.teacher_options(),
-        )  # fmt: skip
-        self.family.at_size(recipe.data.size)
-        prepare_teacher(self.family, recipe.memory)
+        self.family: ModelFamily = open_teacher(recipe, str(self.accelerator.device))
         self.batches: Batches | None = None
         self.part: Part | None = None
         self._check_export()
@@ -147,18 +141,22 @@ class _Run:
         if not self.accelerator.is_main_process:
             return RunResult(self.folder.path, None, None, None)
         self._load_plainly()
-        return finish(self.recipe, self.family, starts, self.objectives[-1].inference(), self.folder, self.display)
+        return finish(self.recipe, self.family, starts, self.objectives[-1].inference(), self.folder, self.display,
+                      device=str(self.accelerator.device))  # fmt: skip
 
     def _load_plainly(self) -> None:
-        """Exports are made from the teacher's own weights, and not from how they were kept to save memory."""
+        """Exports are made from the teacher's own weights, and not from how they were kept to save memory.
+
+        On the CPU: beside the teacher there are then the student and, of a LoRA, its merged copies, all in float32,
+        for which a device that had to save memory has no room.
+        """
         from stepdistill.families import load_family
         from stepdistill.resources.config import MemoryConfig
 
         if self.recipe.memory != MemoryConfig():
             self.batches = None  # holds the former teacher
-            device = str(self.family.device)
             del self.family
-            self.family = load_family(self.recipe.teacher, device=device, **self.recipe.teacher_options())
+            self.family = load_family(self.recipe.teacher, device="cpu", **self.recipe.teacher_options())
             self.family.at_size(self.recipe.data.size)
 
     def _check_export(self) -> None:
@@ -336,9 +334,9 @@ def build_player(name: str, cast: Cast, stage: StageConfig, objective: Objective
 
 def finish(
     recipe: Recipe, family: ModelFamily, roles: Mapping[str, RoleState], spec: InferenceSpec | None,
-    folder: RunFolder, display: Display,
+    folder: RunFolder, display: Display, *, device: str,
 ) -> RunResult:  # fmt: skip
-    """Exports the student, checks the export in a fresh process, measures it and writes the model card."""
+    """Exports the student, checks the export in a fresh process, measures it on `device`, writes the model card."""
     from stepdistill.export.card import write_card
     from stepdistill.finish import export_student, keep_teacher, known_teacher, measure
 
@@ -349,7 +347,7 @@ def finish(
     if recipe.bench is not None:
         keep_teacher(family, folder)
     if recipe.bench is not None and recipe.multi_student is None and (pipeline is not None or adapter is not None):
-        report = measure(recipe, spec, folder, display, str(family.device))
+        report = measure(recipe, spec, folder, display, device)
     described = {**recipe.model_dump(mode="json"), "teacher": known_teacher(recipe, folder)}
     write_card(folder.path, recipe=described, spec=spec, report=report,
                picture="report/samples.png" if report is not None else None)  # fmt: skip

@@ -98,13 +98,30 @@ def loading_errors() -> tuple[type[Exception], ...]:
 
 
 def reason(path: str, error: Exception) -> str:
-    """Why a model could not be loaded: a damaged file of its folder by name, else the first line of the error."""
+    """Why a model could not be loaded: its weights are pickles, a file is damaged, or else the error's first line."""
     folder = Path(path)
+    pickled = [str(part) for part in _pickled(folder)] if folder.is_dir() else [path] if _no_safetensors(error) else []
+    if pickled:
+        return (f"{', '.join(pickled)}: the weights are pickles, which can run any code when they are read, and are "
+                f"left alone; if you trust them, convert them once: python -c \"from diffusers import "
+                f"DiffusionPipeline as P; P.from_pretrained('{path}').save_pretrained('converted')\", and give the "
+                "folder converted")  # fmt: skip
     for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
         wrong = _wrong_with(file)
         if wrong is not None:
             return f"{file} {_damaged(wrong)}"
     return first_line(error)
+
+
+def _pickled(folder: Path) -> list[Path]:
+    """Components of a Diffusers folder whose weights are there as pickles alone."""
+    parts = {file.parent for file in folder.glob("*/*.bin")}
+    return sorted(part for part in parts if part.name not in LEFT_OUT and not any(part.glob(f"*{SINGLE_FILE}")))
+
+
+def _no_safetensors(error: Exception) -> bool:
+    """Whether Diffusers says that a hub id has no weights of the one kind that was asked for."""
+    return "necessary `safetensors` weights" in str(error)
 
 
 def _damaged(why: str) -> str:

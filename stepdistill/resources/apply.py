@@ -62,38 +62,61 @@ def check_precision(recipe: Recipe) -> None:
                         "precision: fp32 asks for; use precision: bf16, or base: fp32")  # fmt: skip
 
 
-def prepare_teacher(family: ModelFamily, memory: MemoryConfig) -> None:
-    """What is done to a loaded teacher before there are roles: quantising, and where its encoders live."""
+def open_teacher(recipe: Recipe, device: str) -> ModelFamily:
+    """Loads a recipe's teacher, at the recipe's size and with as little of the device's memory as its options say."""
+    from stepdistill.families import load_family
+
+    family = load_family(recipe.teacher, dtype=loading_types(recipe.memory), **recipe.teacher_options())
+    family.at_size(recipe.data.size)
+    prepare_teacher(family, recipe.memory, device)
+    return family
+
+
+def prepare_teacher(family: ModelFamily, memory: MemoryConfig, device: str = "cpu") -> None:
+    """What is done to a teacher on the host before there are roles: quantising, and what of it lives where.
+
+    The device never holds more than in training: a network that is quantised arrives there layer by layer, and
+    encoders that are parked do not go there first.
+    """
+    network = family.network()
     if memory.quantised:
-        quantise(family.network(), memory.base)
+        quantise(network, memory.base, device)
+    network.to(device)
+    for component in family.pipeline.components.values():
+        if isinstance(component, nn.Module) and component is not network:
+            if memory.park_encoders and torch.device(device).type != "cpu":
+                _park(component, device)
+            else:
+                component.to(device)
     vae = family.pipeline.components.get("vae")
     if vae is not None and memory.vae_slicing:
         vae.enable_slicing()
     if vae is not None and memory.vae_tiling:
         vae.enable_tiling()
-    if memory.park_encoders and family.device.type != "cpu":
-        _park(family)
 
 
-def _park(family: ModelFamily) -> None:
+def _park(component: nn.Module, device: str) -> None:
     """Diffusers' group offloading: every layer is on the device only while it computes."""
     from diffusers.hooks import apply_group_offloading
 
-    for component in family.pipeline.components.values():
-        if isinstance(component, nn.Module) and component is not family.network():
-            component.to("cpu")
-            apply_group_offloading(component, onload_device=family.device, offload_type="leaf_level")
+    apply_group_offloading(component, onload_device=torch.device(device), offload_type="leaf_level")
 
 
-def quantise(network: nn.Module, base: str) -> None:
-    """Linear layers of a frozen network with fewer bits: int8 by torchao, nf4 by bitsandbytes; adapters go on top."""
+def quantise(network: nn.Module, base: str, device: str) -> None:
+    """Linear layers of a frozen network with fewer bits: int8 by torchao, nf4 by bitsandbytes; adapters go on top.
+
+    Args:
+        network: on the host; its linear layers are on the device afterwards.
+        base: "int8" or "nf4".
+        device: where every layer goes as it is quantised.
+    """
     if base == "int8":
         from torchao.quantization import (  # type: ignore[import-not-found, unused-ignore]
             Int8WeightOnlyConfig,
             quantize_,
         )
 
-        quantize_(network, Int8WeightOnlyConfig())
+        quantize_(network, Int8WeightOnlyConfig(), device=device)
         return
     import bitsandbytes as bnb  # type: ignore[import-not-found, unused-ignore]
 
@@ -107,7 +130,7 @@ def quantise(network: nn.Module, base: str) -> None:
             new.weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
             new.bias = layer.bias
             # bitsandbytes quantises when the weights arrive on the accelerator.
-            setattr(network.get_submodule(parent), attribute, new.to(layer.weight.device))
+            setattr(network.get_submodule(parent), attribute, new.to(device))
 
 
 def check_roles(roles: Mapping[str, Role], lora: Mapping[str, LoraSettings], memory: MemoryConfig, where: str) -> None:

@@ -111,16 +111,13 @@ def kernels_of_recipe(path: str, overrides: list[str], device: str) -> Iterator[
     Raises:
         UserError: the recipe is wrong, or its choice is not what ran.
     """
-    from stepdistill.families import load_family
     from stepdistill.recipe import Recipe
-    from stepdistill.resources.apply import check_options, loading_types, one_pass, prepare_teacher
+    from stepdistill.resources.apply import check_options, one_pass, open_teacher
     from stepdistill.resources.attention import use_xformers
 
     recipe = Recipe.load(path, overrides)
     check_options(recipe)
-    family = load_family(recipe.teacher, dtype=loading_types(recipe.memory), device=device, **recipe.teacher_options())
-    family.at_size(recipe.data.size)
-    prepare_teacher(family, recipe.memory)
+    family = open_teacher(recipe, device)
     choice = recipe.attention
     if choice == "xformers" and not usable_xformers(device):
         choice = "sdpa"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from stepdistill.finish import keep_teacher
 from stepdistill.recipe import Recipe
 from stepdistill.run import train
 from stepdistill.run_folder import RunFolder
-from stepdistill.stock_files import load_single_file
+from stepdistill.stock_files import load_single_file, reason
 from tests.families.single_file import write_single_file
 from tests.families.test_unet_families import PROMPTS, folder_of, our_images, stock_images
 from tests.tiny import scramble, tiny_recipe
@@ -133,6 +135,27 @@ def test_a_model_with_a_cut_off_file_is_refused_by_the_files_name(sd_folder: str
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"^mine: .*text_encoder/model\.safetensors is damaged"):
         load_pipeline(ModelUnderTest("mine", str(folder), 1, 1.0))
+
+
+def test_weights_that_are_pickles_are_refused_with_a_remedy_that_works(dit_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(dit_folder, tmp_path / "model"))
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(UserError, match=r"^teacher: .*/transformer: the weights are pickles.* convert them") as caught:
+        load_family(str(folder))
+    command = str(caught.value).split('-c "')[1].split('"')[0]
+    result = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    converted = load_family(str(tmp_path / "converted")).network().state_dict()
+    for name, tensor in load_family(dit_folder).network().state_dict().items():
+        assert torch.equal(converted[name], tensor)
+
+
+def test_a_hub_id_without_safetensors_is_refused_with_the_same_remedy() -> None:
+    error = OSError("Could not find the necessary `safetensors` weights in {'unet/x.bin'} (variant=None)")
+    assert reason("owner/name", error).startswith("owner/name: the weights are pickles")
+    assert "P.from_pretrained('owner/name')" in reason("owner/name", error)
 
 
 # ---- LoRAs ---------------------------------------------------------------------------------------------------------

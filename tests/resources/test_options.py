@@ -23,12 +23,13 @@ from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.recipe import Recipe, optimizer_class
+from stepdistill.resources import apply
 from stepdistill.resources.apply import check_options, loading_types, prepare_cast, prepare_teacher, settings_of
 from stepdistill.resources.attention import check_kernels, chosen_attention, kernels_of, probe, usable_xformers
 from stepdistill.resources.config import MemoryConfig
 from stepdistill.resources.offload import offload_states
 from stepdistill.resources.plan import plan
-from stepdistill.run import train
+from stepdistill.run import _Run, train
 from stepdistill.trainer import Trainer
 from tests.tiny import LORA, PaintedLatents, tiny_recipe, trainer_of, weights_of
 
@@ -161,6 +162,37 @@ class TestBase:
         for check in (check_options, plan):
             with pytest.raises(UserError, match=r"memory\.base: .* use precision: bf16"):
                 check(recipe)
+
+    def test_what_is_parked_never_goes_to_the_device(self, sd_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+        monkeypatch.setattr(apply, "_park", lambda component, device: seen.append((component, device)))
+        family = load_family(sd_folder)
+        prepare_teacher(family, MemoryConfig(park_encoders=True), "meta")  # whence no tensor comes back
+        assert {p.device.type for p in family.network().parameters()} == {"meta"}
+        parts = [family.pipeline.components[name] for name in ("vae", "text_encoder")]
+        assert [device for _, device in seen] == ["meta"] * len(parts)
+        assert {id(component) for component, _ in seen} == {id(part) for part in parts}
+        assert {p.device.type for part in parts for p in part.parameters()} == {"cpu"}
+
+    def test_a_network_is_quantised_before_it_is_on_the_device(
+        self, sd_folder: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = []
+        monkeypatch.setattr(
+            apply, "quantise", lambda network, base, device: seen.append((network.device.type, device))
+        )
+        family = load_family(sd_folder)
+        prepare_teacher(family, MemoryConfig(base="nf4"), "meta")
+        assert seen == [("cpu", "meta")]
+        assert family.device.type == "meta"
+
+    def test_an_export_after_saving_memory_is_made_on_the_host(self, sd_folder: str, tmp_path: Path) -> None:
+        run = object.__new__(_Run)
+        run.recipe = recipe_of(sd_folder, tmp_path, memory={"park_encoders": True})
+        run.batches, run.family = None, load_family(sd_folder)
+        run.family.network().to("meta")
+        run._load_plainly()
+        assert run.family.device.type == "cpu"
 
     def test_after_a_stage_the_network_is_what_it_was(self, sd_folder: str) -> None:
         family = load_family(sd_folder)
