@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stepdistill.console import Display
 from stepdistill.errors import UserError
 from stepdistill.run_folder import RunFolder
+from stepdistill.stages import lora_settings, trained_roles
 from stepdistill.streams import all_phases, open_batches
 
 
@@ -296,26 +297,6 @@ def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState], family: 
                                 "another teacher")  # fmt: skip
             starts[role] = RoleState(None, {name: p.detach() for name, p in start.network().named_parameters()})
     return starts
-
-
-def trained_roles(objective: Objective) -> list[str]:
-    """The roles that an objective trains."""
-    from stepdistill.objectives.base import Head, Trained
-
-    return [name for name, role in objective.roles().items() if isinstance(role, Trained | Head)]
-
-
-def lora_settings(stage: StageConfig, objective: Objective, family: ModelFamily) -> dict[str, Any]:
-    """The adapters' settings of every role that the recipe trains as LoRA; heads have all their weights anyway."""
-    from stepdistill.adapters import LoraSettings
-    from stepdistill.objectives.base import Trained
-
-    found = {}
-    for name, role in objective.roles().items():
-        lora = stage.player(name).lora
-        if lora is not None and isinstance(role, Trained):
-            found[name] = LoraSettings(lora.rank, lora.alpha, tuple(lora.targets or family.lora_targets))
-    return found
 
 
 def build_player(name: str, cast: Cast, stage: StageConfig, objective: Objective, accelerator: Accelerator) -> Player:

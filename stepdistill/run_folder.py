@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
-from stepdistill.files import write_whole
+from stepdistill.files import write_whole, writing
 
 
 if TYPE_CHECKING:
@@ -141,10 +141,17 @@ class RunFolder:
         return {}, None
 
     def truncate_log(self, stage: int, step: int) -> None:
-        """Drops what a resumed run is going to log again."""
-        from stepdistill.trainer import truncate_log
+        """Drops what a resumed run is going to log again, and the half line that a killed one may have left.
 
-        truncate_log(self.log, stage, step)
+        Raises:
+            UserError: it could not be written; the log is as it was.
+        """
+        if not self.log.is_file():
+            return
+        lines = [line for line in self.log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if (lambda e: (e["stage"], e["step"]) <= (stage, step))(json.loads(line))]
+        with writing(self.log):
+            write_whole(self.log, lambda new: new.write_text("".join(line + "\n" for line in kept)))
 
     def roles_of(
         self, checkpoint: str | None, recipe: Recipe, family: ModelFamily
@@ -161,7 +168,7 @@ class RunFolder:
         """
         from stepdistill.cast import RoleState
         from stepdistill.recipe import build_objective
-        from stepdistill.run import lora_settings
+        from stepdistill.stages import lora_settings
 
         last = len(recipe.stages) - 1
         if checkpoint is None:
