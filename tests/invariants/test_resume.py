@@ -26,6 +26,7 @@ from stepdistill.recipe import Recipe
 from stepdistill.run import train
 from stepdistill.run_folder import RunFolder
 from stepdistill.trainer import Interrupted, Trainer
+from tests.invariants.signals import terminate_at
 from tests.tiny import LORA, tiny_recipe, trainer_of, weights_of
 
 
@@ -222,12 +223,7 @@ def test_the_same_recipe_gives_the_same_bits_and_another_seed_gives_others(sd_fo
 
 def test_two_signals_stop_at_once_and_one_stops_after_the_step(sd_folder: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, sd_folder, checkpoint_every=1000)
-
-    def interrupt(progress: Any) -> None:
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.on_step = interrupt
+    terminate_at(trainer, 3)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted):
         trainer.run()
@@ -252,12 +248,7 @@ def test_two_signals_stop_at_once_and_one_stops_after_the_step(sd_folder: str, t
 
 def test_a_signal_in_the_last_iteration_stops_what_would_follow(sd_folder: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, sd_folder, steps=2, checkpoint_every=1000)
-
-    def interrupt(progress: Any) -> None:
-        if progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.on_step = interrupt
+    terminate_at(trainer, 2)
     with pytest.raises(Interrupted):
         trainer.run()
     assert trainer.checkpoints is not None

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from stepdistill.player import Player, PlayerSettings
 from stepdistill.recipe import Recipe
 from stepdistill.run import train
 from stepdistill.trainer import Interrupted, Trainer
+from tests.invariants.signals import terminate_at
 from tests.tiny import LORA, PROMPTS, Copying, tiny_recipe, trainer_of, weights_of
 
 
@@ -383,12 +383,7 @@ def test_a_collapse_stops_the_run_with_a_diagnosis_and_a_run_goes_on_from_the_la
 
 def test_an_interrupted_run_in_doubt_leaves_the_good_checkpoint_as_the_newest(sd: ModelFamily, tmp_path: Path) -> None:
     trainer = watched(sd, Breaking(at=2), tmp_path)
-
-    def interrupt(progress: Any) -> None:
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.on_step = interrupt
+    terminate_at(trainer, 3)
     with pytest.raises(Interrupted):
         trainer.run()
     assert trainer.checkpoints is not None
