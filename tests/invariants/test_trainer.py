@@ -409,10 +409,23 @@ def test_a_role_that_gets_no_gradient_is_named(sd: ModelFamily) -> None:
         trainer.run()
 
 
-def test_options_that_an_optimiser_does_not_take_are_a_users_error() -> None:
-    settings = PlayerSettings(torch.optim.SGD, {"lr": 1.0, "betas": (0.9, 0.99)})
-    with pytest.raises(UserError, match=r"players\.student\.optimizer: SGD"):
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("SGD", {"betas": (0.9, 0.99)}, r"\.betas: SGD does not take \(0\.9, 0\.99\) \(.*unexpected keyword"),
+        ("AdamW", {"betas": (0.9, 2.0)}, r"\.betas: AdamW does not take \(0\.9, 2\.0\) \(Invalid beta parameter at "),
+        ("AdamW", {"betas": (0.9,), "eps": 1e-6}, r"\.betas: AdamW does not take \(0\.9,\) \(tuple index out"),
+        ("AdamW", {"fused": True, "foreach": True}, ": AdamW does not take these options .`fused` and `foreach`"),
+        ("SGD", {"momentum": -1.0, "nesterov": True}, r": SGD does not take these options \(Invalid momentum"),
+    ],
+)
+def test_options_that_an_optimiser_does_not_take_are_a_users_error(
+    kind: str, options: dict[str, Any], message: str
+) -> None:
+    settings = PlayerSettings(getattr(torch.optim, kind), {"lr": 1.0, **options})
+    with pytest.raises(UserError, match=rf"^players\.student\.optimizer{message}") as caught:
         Player("student", {"w": torch.nn.Parameter(torch.zeros(1))}, settings, Accelerator(cpu=True))
+    assert "see the documentation of torch.optim." in str(caught.value)
 
 
 def test_every_iteration_is_logged_with_losses_norms_and_learning_rates(sd: ModelFamily, tmp_path: Path) -> None:
