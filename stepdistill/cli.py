@@ -116,7 +116,7 @@ def train(
     _check_overrides(recipe, overrides or [])
     loaded = Recipe.load(recipe, overrides or [])
     if dry_run:
-        typer.echo(loaded.resolved().to_yaml(), nl=False)
+        typer.echo(_checked(loaded).to_yaml(), nl=False)
         return
     if smoke:
         _check_smoke(resume, num_processes, shard=shard)
@@ -144,6 +144,15 @@ def train(
         if rank() == 0:
             typer.echo(f"interrupted: {left}", err=True)
         raise
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    """The recipe with all defaults; raises UserError for what it asks for and cannot have, wherever it is run."""
+    from stepdistill.stages import build_objectives, check_stages
+
+    resolved = recipe.resolved()
+    check_stages(resolved, build_objectives(resolved))
+    return resolved
 
 
 def _options(resume: bool | None, *, quiet: bool) -> list[str]:

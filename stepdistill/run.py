@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from stepdistill.console import Display
 from stepdistill.errors import UserError
 from stepdistill.run_folder import RunFolder
-from stepdistill.stages import lora_settings, trained_roles
+from stepdistill.stages import build_objectives, check_recipe, lora_settings, optimizer_options
 from stepdistill.streams import all_phases, open_batches
 
 
@@ -84,6 +84,7 @@ def train_one(recipe: Recipe, shared: Shared | None, *, resume: bool | None, con
     accelerator = open_accelerator(recipe)
     if accelerator.is_main_process:
         folder.check(recipe, resume)
+    check_recipe(recipe, build_objectives(recipe), done=0 if resume is False else folder.stages_done())
     run = _Run(recipe, folder, Display(console), accelerator)
     if accelerator.is_main_process:
         folder.claim(recipe, resume)  # only now: a mistake in the recipe costs nobody a run
@@ -97,17 +98,10 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, display: Display, accelerator: Accelerator) -> None:
         from stepdistill.families import load_family
         from stepdistill.processes.launch import open_sharding, shares
-        from stepdistill.recipe import build_objective
-        from stepdistill.resources.apply import check_options, loading_types, prepare_teacher
+        from stepdistill.resources.apply import loading_types, prepare_teacher
 
         self.recipe, self.folder, self.display = recipe, folder, display
-        self.objectives: list[Objective] = [
-            build_objective(stage.objective, recipe.where(f"stages.{index}.objective"))
-            for index, stage in enumerate(recipe.stages)
-        ]
-        for index, (stage, objective) in enumerate(zip(recipe.stages, self.objectives, strict=True)):
-            stage.check_roles(trained_roles(objective), recipe.where(f"stages.{index}"))
-        check_options(recipe)
+        self.objectives = build_objectives(recipe)
         self.accelerator = accelerator
         self.sharding = open_sharding(accelerator)
         self.shares = shares(recipe, accelerator.num_processes, sharded=self.sharding is not None)
@@ -230,7 +224,8 @@ class _Run:
         seen = prepare_cast(cast, recipe)
         if seen:
             self.display.say(f"attention: {', '.join(f'{kind} in {count} layers' for kind, count in seen.items())}")
-        players = {name: build_player(name, cast, stage, objective, self.accelerator) for name in cast.trained}
+        where = recipe.where(f"stages.{index}")
+        players = {name: build_player(name, cast, stage, objective, self.accelerator, where) for name in cast.trained}
         if recipe.memory.offload_optimizer:
             for player in players.values():
                 offload_states(player.optimizer)
@@ -299,16 +294,18 @@ def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState], family: 
     return starts
 
 
-def build_player(name: str, cast: Cast, stage: StageConfig, objective: Objective, accelerator: Accelerator) -> Player:
-    """A role's optimiser and so on, as the recipe says."""
+def build_player(
+    name: str, cast: Cast, stage: StageConfig, objective: Objective, accelerator: Accelerator, where: str = "stage"
+) -> Player:
+    """A role's optimiser and so on, as the recipe says; `where` is the stage's place in it, for errors."""
     from stepdistill.player import Player, PlayerSettings
     from stepdistill.recipe import optimizer_class
 
     config = stage.player(name)
     updates = sum(phase.repeats for phase in all_phases(stage, objective) if name in phase.updates)
+    place = f"{where}.players.{name}.optimizer"
     settings = PlayerSettings(
-        optimizer=optimizer_class(config.optimizer, f"players.{name}.optimizer"),
-        options={"lr": config.optimizer.lr, **config.optimizer.options},
+        optimizer=optimizer_class(config.optimizer, place), options=optimizer_options(config.optimizer), where=place,
         schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=max(1, updates),
         clip=config.clip, ema=config.ema,
     )  # fmt: skip

@@ -207,11 +207,11 @@ def plan_stage(
         crew: the processes; None: there is one.
     """
     from stepdistill.recipe import build_objective
-    from stepdistill.stages import trained_roles
+    from stepdistill.stages import check_stage
 
     stage = recipe.stages[index]
     objective = build_objective(stage.objective, recipe.where(f"stages.{index}.objective"))
-    stage.check_roles(trained_roles(objective), recipe.where(f"stages.{index}"))
+    check_stage(stage, objective, recipe.where(f"stages.{index}"))
     fake, meter = fake_mode(), MemoryMeter()
     family = family or family_without_weights(recipe.teacher_config or recipe.teacher, fake)
     family.at_size(recipe.data.size)

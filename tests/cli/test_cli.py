@@ -148,11 +148,21 @@ def test_dry_run_prints_the_complete_recipe_and_runs_nothing(
     assert fake_run == []
 
 
-def test_dry_run_checks_the_options_of_objectives(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.objective.guidence=2", "stages.0.objective.guidence: unknown key; did you mean 'guidance'?"),
+        ("stages.0.objective={name: lcm}", "data.images: missing, and stages.0 (lcm) learns from images;"),
+        ("stages.0.players={default: {optimizer: {name: AdaW}}}", "optimizer.name: unknown optimizer 'AdaW';"),
+    ],
+)
+def test_dry_run_checks_objectives_optimisers_and_data(
+    override: str, message: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "train", recipe, "--dry-run", "stages.0.objective.guidence=2") == 2
-    assert "stages.0.objective.guidence: unknown key; did you mean 'guidance'?" in capsys.readouterr().err
+    assert call(monkeypatch, "train", recipe, "--dry-run", override) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1 and printed.out == ""
 
 
 @pytest.mark.parametrize(
