@@ -125,25 +125,10 @@ def train(
         _hide_loading_bars()
         run_smoke(loaded, console=_console(quiet=quiet))
         return
-    from stepdistill.processes.launch import rank
-
     if num_processes > 1 or shard:
         words = [recipe, *(overrides or []), *_options(resume, quiet=quiet)]
         raise typer.Exit(_in_processes(loaded, words, num_processes, shard=shard))
-    from stepdistill.run import train as run_training
-    from stepdistill.trainer import Interrupted
-
-    _hide_loading_bars()
-
-    try:
-        run_training(loaded, resume=resume, console=_console(quiet=quiet or rank() > 0))
-    except Interrupted as stop:
-        left = "no checkpoint was written, the run was in doubt; the same command goes on from the last good one"
-        if stop.checkpoint is not None:
-            left = f"checkpoint left at {stop.checkpoint}; the same command goes on from it"
-        if rank() == 0:
-            typer.echo(f"interrupted: {left}", err=True)
-        raise
+    _train_here(loaded, resume, quiet=quiet)
 
 
 def _checked(recipe: Recipe) -> Recipe:
@@ -167,6 +152,24 @@ def _check_smoke(resume: bool | None, num_processes: int, *, shard: bool) -> Non
     for option in [*again, *(["--num-processes"] if num_processes > 1 else []), *(["--shard"] if shard else [])]:
         raise UserError(f"{option} does nothing with --smoke, which begins in a temporary folder and in one process; "
                         "leave one of them out")  # fmt: skip
+
+
+def _train_here(recipe: Recipe, resume: bool | None, *, quiet: bool) -> None:
+    """Trains in this process, which may be one of several; the first of them says what an interruption has left."""
+    from stepdistill.processes.launch import rank
+    from stepdistill.run import train as run_training
+    from stepdistill.trainer import Interrupted
+
+    _hide_loading_bars()
+    try:
+        run_training(recipe, resume=resume, console=_console(quiet=quiet or rank() > 0))
+    except Interrupted as stop:
+        left = "no checkpoint was written, the run was in doubt; the same command goes on from the last good one"
+        if stop.checkpoint is not None:
+            left = f"checkpoint left at {stop.checkpoint}; the same command goes on from it"
+        if rank() == 0:
+            typer.echo(f"interrupted: {left}", err=True)
+        raise
 
 
 def _in_processes(recipe: Recipe, words: Sequence[str], count: int, *, shard: bool) -> int:
