@@ -254,6 +254,9 @@ def export(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write to. Default: RUN itself.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put a checkpoint where the export of a run's finished student is.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Diffusers pipeline and a LoRA."""
     if not (run / "recipe.yaml").is_file():
@@ -261,7 +264,7 @@ def export(
     from stepdistill.run import export as export_run
 
     _hide_loading_bars()
-    result = export_run(run, checkpoint, output)
+    result = export_run(run, checkpoint, output, replace=replace)
     for folder in (result.pipeline, result.lora, result.adapter):
         if folder is not None:
             typer.echo(str(folder))

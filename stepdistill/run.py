@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stepdistill.console import Display
 from stepdistill.errors import UserError
-from stepdistill.run_folder import RunFolder
+from stepdistill.run_folder import STAGE, RunFolder
 from stepdistill.stages import build_objectives, check_recipe, lora_settings, optimizer_options
 from stepdistill.streams import all_phases, open_batches
 
@@ -335,13 +335,19 @@ def finish(
     return RunResult(folder.path, pipeline, lora, report, adapter)
 
 
-def export(run: Path, checkpoint: str | None = None, output: Path | None = None) -> RunResult:
+def export(
+    run: Path, checkpoint: str | None = None, output: Path | None = None, *, replace: bool = False
+) -> RunResult:
     """Exports the student of a run again, of one of its checkpoints, or of the end of one of its stages.
 
     Args:
         run: a run's folder.
         checkpoint: "step-0000100" or "100"; "stage-0" for the end of the first stage; None takes the finished student.
         output: where pipeline/ and lora/ go; None: into the run's folder.
+        replace: also where a run has been exported there, and this is not its finished student.
+
+    Raises:
+        UserError: there is no such checkpoint, the run is not finished, or it would replace a run's own export.
     """
     from stepdistill.families import load_family
     from stepdistill.finish import export_student
@@ -350,12 +356,15 @@ def export(run: Path, checkpoint: str | None = None, output: Path | None = None)
     recipe = Recipe.load(run / "recipe.yaml")
     if recipe.multi_student is not None and recipe.multi_student.part is None:
         raise UserError(f"{run}: a run of several students, which are exported one by one: give {run}/student-0")
-    source = RunFolder(run)
+    source, target = RunFolder(run), RunFolder(output or run)
+    source.check_checkpoint(checkpoint, len(recipe.stages))
+    finished = checkpoint in (None, f"{STAGE}{len(recipe.stages) - 1}")
+    if not replace and not (finished and target.path.resolve() == run.resolve()):
+        target.check_exported()
     family = load_family(recipe.teacher, **recipe.teacher_options())
     family.at_size(recipe.data.size)
     roles, stage = source.roles_of(checkpoint, recipe, family)
     spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
-    target = RunFolder(output or run)
     pipeline, lora = export_student(recipe, family, roles["student"], spec, target, Display(None), stage=stage)
     adapter = target.adapter if spec is not None and spec.adapter is not None else None
     return RunResult(target.path, pipeline, lora, None, adapter)

@@ -57,8 +57,8 @@ def fake_run(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def train(recipe: Recipe, *, resume: bool | None, console: Any) -> None:
         calls.append({"recipe": recipe, "resume": resume, "quiet": console.quiet})
 
-    def export(run_folder: Path, checkpoint: str | None, output: Path | None) -> Any:
-        calls.append({"run_folder": run_folder, "checkpoint": checkpoint, "output": output})
+    def export(run_folder: Path, checkpoint: str | None, output: Path | None, *, replace: bool) -> Any:
+        calls.append({"run_folder": run_folder, "checkpoint": checkpoint, "output": output, "replace": replace})
         return types.SimpleNamespace(pipeline=(output or run_folder) / "pipeline", lora=None, adapter=None)
 
     module = types.ModuleType("stepdistill.run")
@@ -204,8 +204,10 @@ def test_export_hands_over_run_checkpoint_and_output(
 ) -> None:
     run = recipe.rename(recipe.with_name("recipe.yaml")).parent
     assert call(monkeypatch, "export", run, "--checkpoint", "step-20", "--output", run / "new") == 0
-    assert fake_run == [{"run_folder": run, "checkpoint": "step-20", "output": run / "new"}]
+    assert fake_run == [{"run_folder": run, "checkpoint": "step-20", "output": run / "new", "replace": False}]
     assert capsys.readouterr().out.strip() == str(run / "new/pipeline")
+    assert call(monkeypatch, "export", run, "--replace") == 0
+    assert fake_run[1] == {"run_folder": run, "checkpoint": None, "output": None, "replace": True}
 
 
 def test_export_of_a_folder_without_a_run_is_refused(

@@ -116,17 +116,40 @@ def test_a_run_stopped_between_two_stages_ends_with_the_same_bits(
             assert torch.equal(stopped[role].tensors[name], tensor), (role, name)
 
 
-def test_an_exported_stage_says_by_which_method_it_was_trained(
-    sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def method_of(folder: Path | None) -> str:
+    assert folder is not None
+    return str(json.loads((folder / "distillation_config.json").read_text())["method"])
+
+
+@pytest.fixture
+def exported(sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run of two stages by different methods, which has left a pipeline."""
     monkeypatch.setattr(finish, "check", lambda *args: 0.0)  # the fresh process has tests of its own
     stages = [stage("full", 1e-3), stage("full", 1e-3, objective={"name": "vsd"})]
     train(Recipe.from_mapping(tiny_recipe(sd_folder, tmp_path / "run", stages=stages, checkpoints={"every": 1},
                                           export={"pipeline": True, "lora": False})))  # fmt: skip
+    return tmp_path / "run"
+
+
+def test_an_exported_stage_says_by_which_method_it_was_trained(exported: Path, tmp_path: Path) -> None:
     for name, method in [("stage-0", "dmd2"), ("1", "dmd2"), ("2", "vsd"), ("stage-1", "vsd")]:
-        pipeline = export(tmp_path / "run", name, tmp_path / name).pipeline
-        assert pipeline is not None
-        assert json.loads((pipeline / "distillation_config.json").read_text())["method"] == method
+        assert method_of(export(exported, name, tmp_path / name).pipeline) == method
+
+
+def test_a_checkpoint_takes_the_place_of_a_finished_student_only_where_that_is_asked_for(
+    exported: Path, tmp_path: Path
+) -> None:
+    own = exported / "pipeline"
+    for output in (None, exported):
+        with pytest.raises(UserError, match=r"run/pipeline: this run has been exported.*--output .*--replace"):
+            export(exported, "1", output)
+    assert method_of(own) == "vsd"
+    for _ in range(2):
+        assert method_of(export(exported, "1", tmp_path / "first").pipeline) == "dmd2", "in a folder that is no run's"
+    assert method_of(export(exported, "stage-0", replace=True).pipeline) == method_of(own) == "dmd2"
+    assert method_of(export(exported).pipeline) == method_of(own) == "vsd", "the finished student in its own place"
+    shutil.rmtree(own)
+    assert method_of(export(exported, "1").pipeline) == method_of(own) == "dmd2", "where nothing is replaced"
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
