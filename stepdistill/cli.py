@@ -116,7 +116,7 @@ def train(
     _check_overrides(recipe, overrides or [])
     loaded = Recipe.load(recipe, overrides or [])
     if dry_run:
-        typer.echo(loaded.resolved().to_yaml(), nl=False)
+        typer.echo(_checked(loaded).to_yaml(), nl=False)
         return
     if smoke:
         _check_smoke(resume, num_processes, shard=shard)
@@ -125,25 +125,19 @@ def train(
         _hide_loading_bars()
         run_smoke(loaded, console=_console(quiet=quiet))
         return
-    from stepdistill.processes.launch import rank
-
     if num_processes > 1 or shard:
         words = [recipe, *(overrides or []), *_options(resume, quiet=quiet)]
         raise typer.Exit(_in_processes(loaded, words, num_processes, shard=shard))
-    from stepdistill.run import train as run_training
-    from stepdistill.trainer import Interrupted
+    _train_here(loaded, resume, quiet=quiet)
 
-    _hide_loading_bars()
 
-    try:
-        run_training(loaded, resume=resume, console=_console(quiet=quiet or rank() > 0))
-    except Interrupted as stop:
-        left = "no checkpoint was written, the run was in doubt; the same command goes on from the last good one"
-        if stop.checkpoint is not None:
-            left = f"checkpoint left at {stop.checkpoint}; the same command goes on from it"
-        if rank() == 0:
-            typer.echo(f"interrupted: {left}", err=True)
-        raise
+def _checked(recipe: Recipe) -> Recipe:
+    """The recipe with all defaults; raises UserError for what it asks for and cannot have, wherever it is run."""
+    from stepdistill.stages import build_objectives, check_stages
+
+    resolved = recipe.resolved()
+    check_stages(resolved, build_objectives(resolved))
+    return resolved
 
 
 def _options(resume: bool | None, *, quiet: bool) -> list[str]:
@@ -158,6 +152,24 @@ def _check_smoke(resume: bool | None, num_processes: int, *, shard: bool) -> Non
     for option in [*again, *(["--num-processes"] if num_processes > 1 else []), *(["--shard"] if shard else [])]:
         raise UserError(f"{option} does nothing with --smoke, which begins in a temporary folder and in one process; "
                         "leave one of them out")  # fmt: skip
+
+
+def _train_here(recipe: Recipe, resume: bool | None, *, quiet: bool) -> None:
+    """Trains in this process, which may be one of several; the first of them says what an interruption has left."""
+    from stepdistill.processes.launch import rank
+    from stepdistill.run import train as run_training
+    from stepdistill.trainer import Interrupted
+
+    _hide_loading_bars()
+    try:
+        run_training(recipe, resume=resume, console=_console(quiet=quiet or rank() > 0))
+    except Interrupted as stop:
+        left = "no checkpoint was written, the run was in doubt; the same command goes on from the last good one"
+        if stop.checkpoint is not None:
+            left = f"checkpoint left at {stop.checkpoint}; the same command goes on from it"
+        if rank() == 0:
+            typer.echo(f"interrupted: {left}", err=True)
+        raise
 
 
 def _in_processes(recipe: Recipe, words: Sequence[str], count: int, *, shard: bool) -> int:
@@ -242,6 +254,9 @@ def export(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write to. Default: RUN itself.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put a checkpoint where the export of a run's finished student is.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a Diffusers pipeline and a LoRA."""
     if not (run / "recipe.yaml").is_file():
@@ -249,7 +264,7 @@ def export(
     from stepdistill.run import export as export_run
 
     _hide_loading_bars()
-    result = export_run(run, checkpoint, output)
+    result = export_run(run, checkpoint, output, replace=replace)
     for folder in (result.pipeline, result.lora, result.adapter):
         if folder is not None:
             typer.echo(str(folder))

@@ -73,16 +73,14 @@ def cache(
     """Encode prompts and images once, for data.cache_folder of many runs; goes on where it was stopped."""
     from stepdistill.console import Display
     from stepdistill.families import load_family
-    from stepdistill.recipe import Recipe, build_objective
+    from stepdistill.recipe import Recipe
     from stepdistill.resources.apply import loading_types
+    from stepdistill.stages import build_objectives
     from stepdistill.streams import prepare
 
     hide_loading_bars()
     recipe = Recipe.load(source, overrides or []).resolved()
-    objectives = [
-        build_objective(stage.objective, recipe.where(f"stages.{index}.objective"))
-        for index, stage in enumerate(recipe.stages)
-    ]
+    objectives = build_objectives(recipe)
     folder = output or Path(recipe.data.cache_folder or CACHE_FOLDER)
     display = Display(None if quiet else open_console())
     display.say(f"loading {recipe.teacher}")

@@ -92,12 +92,12 @@ def train_students(recipe: Recipe, *, resume: bool | None, console: Console | No
     assert config is not None, "the caller asks only if the recipe does"
     processes = open_accelerator(recipe)  # says how long the others wait for the first, so before all else
     folder, display = RunFolder(Path(recipe.output)), Display(console)
-    _check(recipe)
+    students = [student_recipe(recipe, number) for number in range(config.students)]
+    folders = [RunFolder(Path(student.output)) for student in students]
+    _check(recipe, 0 if resume is False else min(run.stages_done() for run in folders))
     if processes.is_main_process:
         folder.claim(recipe, False if resume is False else None)
     processes.wait_for_everyone()
-    students = [student_recipe(recipe, number) for number in range(config.students)]
-    folders = [RunFolder(Path(student.output)) for student in students]
     if resume and not any(run.stages_done() or run.checkpoints.steps() for run in folders):
         raise UserError(f"{folder.path} holds no checkpoint to resume from; start without --resume")
     shared = Shared(_found([run.path for run in folders], config))
@@ -134,14 +134,18 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
     return exported and Recipe.load(record).sha256 == recipe.sha256
 
 
-def _check(recipe: Recipe) -> None:
-    """Raises UserError where the students could not be put together in the end."""
-    from stepdistill.recipe import build_objective
+def _check(recipe: Recipe, done: int) -> None:
+    """Raises UserError where the students could not be trained, of which all have so many stages behind them.
 
-    index = len(recipe.stages) - 1
-    spec = build_objective(recipe.stages[index].objective, recipe.where(f"stages.{index}.objective")).inference()
+    Or where they could not be put together in the end.
+    """
+    from stepdistill.stages import build_objectives, check_recipe
+
+    objectives = build_objectives(recipe)
+    check_recipe(recipe, objectives, done=done)
+    spec = objectives[-1].inference()
     if spec is not None and spec.adapter is not None:
-        raise UserError(f"{recipe.where('multi_student')}: students of {recipe.stages[index].objective.name!r} are "
+        raise UserError(f"{recipe.where('multi_student')}: students of {recipe.stages[-1].objective.name!r} are "
                         "adapters for any checkpoint, to which nothing routes; leave multi_student away")  # fmt: skip
 
 

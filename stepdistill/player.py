@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.processes.sharding import gathered, optimizer_state_like, placed_like, whole
 
 
@@ -24,6 +25,7 @@ from stepdistill.processes.sharding import gathered, optimizer_state_like, place
 # an accelerator it makes copies of all of them. The fused kernels do neither.
 FUSED = (torch.optim.Adam, torch.optim.AdamW)  # the two that sharded parameters (FSDP2) take, too
 IMPLEMENTATIONS = ("fused", "foreach", "differentiable")  # options that choose one, in which case it is the recipe's
+REFUSALS = (TypeError, ValueError, LookupError, RuntimeError)  # what optimisers raise for options
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class PlayerSettings:
         total_steps: optimiser steps of the stage, for schedules that end.
         clip: largest norm of the role's gradient; None for no limit.
         ema: decay of the moving average of the weights; None for none.
+        where: the optimiser's place in a recipe, for errors; empty: that of a stage that is not known.
     """
 
     optimizer: type[torch.optim.Optimizer]
@@ -47,6 +50,7 @@ class PlayerSettings:
     total_steps: int = 1
     clip: float | None = 1.0
     ema: float | None = None
+    where: str = ""
 
 
 class Player:
@@ -60,6 +64,9 @@ class Player:
         parameters: by file name.
         settings: how it learns.
         accelerator: gives the loss scaler, if any, and the process group.
+
+    Raises:
+        UserError: the optimiser does not take its options, or not these parameters.
     """
 
     def __init__(
@@ -69,11 +76,8 @@ class Player:
         self.parameters = dict(parameters)
         self._settings, self._accelerator = settings, accelerator
         values = list(self.parameters.values())
-        try:
-            self.optimizer = settings.optimizer(values, **with_fused_kernels(settings, values))
-        except TypeError as error:
-            raise UserError(f"players.{name}.optimizer: {settings.optimizer.__name__} does not take these options: "
-                            f"{error}") from error  # fmt: skip
+        where = settings.where or f"players.{name}.optimizer"
+        self.optimizer = open_optimizer(settings.optimizer, values, with_fused_kernels(settings, values), where)
         self._scheduler: LRScheduler = get_scheduler(
             settings.schedule, self.optimizer,
             num_warmup_steps=settings.warmup_steps, num_training_steps=settings.total_steps,
@@ -193,3 +197,40 @@ def with_fused_kernels(settings: PlayerSettings, values: Sequence[nn.Parameter])
     if settings.optimizer in FUSED and not chosen and all(not value.is_meta for value in values):
         options["fused"] = True
     return options
+
+
+def open_optimizer(
+    kind: type[torch.optim.Optimizer], values: Sequence[nn.Parameter], options: Mapping[str, Any], where: str
+) -> torch.optim.Optimizer:
+    """An optimiser of parameters.
+
+    Args:
+        kind: its class.
+        values: the parameters.
+        options: keyword arguments.
+        where: begins what errors say; the option that is to blame is put behind it.
+
+    Raises:
+        UserError: it does not take the options, or not these parameters.
+    """
+    try:
+        return kind(values, **options)
+    except REFUSALS as error:
+        key = _refused(kind, values, options)
+        place, what = (where, "these options") if key is None else (f"{where}.{key}", reprlib.repr(options[key]))
+        raise UserError(f"{place}: {kind.__name__} does not take {what} ({first_line(error)}); see the documentation "
+                        f"of {kind.__module__}.{kind.__qualname__}") from error  # fmt: skip
+
+
+def _refused(
+    kind: type[torch.optim.Optimizer], values: Sequence[nn.Parameter], options: Mapping[str, Any]
+) -> str | None:
+    """The one option without which an optimiser could be made; None if there is none, or more than one."""
+    found = []
+    for key in options:
+        try:
+            kind(values, **{other: value for other, value in options.items() if other != key})
+        except REFUSALS:
+            continue
+        found.append(key)
+    return found[0] if len(found) == 1 else None

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stepdistill.console import Display
 from stepdistill.errors import UserError
-from stepdistill.run_folder import RunFolder
+from stepdistill.run_folder import STAGE, RunFolder
+from stepdistill.stages import build_objectives, check_recipe, lora_settings, optimizer_options
 from stepdistill.streams import all_phases, open_batches
 
 
@@ -83,6 +84,7 @@ def train_one(recipe: Recipe, shared: Shared | None, *, resume: bool | None, con
     accelerator = open_accelerator(recipe)
     if accelerator.is_main_process:
         folder.check(recipe, resume)
+    check_recipe(recipe, build_objectives(recipe), done=0 if resume is False else folder.stages_done())
     run = _Run(recipe, folder, Display(console), accelerator)
     if accelerator.is_main_process:
         folder.claim(recipe, resume)  # only now: a mistake in the recipe costs nobody a run
@@ -95,17 +97,10 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, display: Display, accelerator: Accelerator) -> None:
         from stepdistill.processes.launch import open_sharding, shares
-        from stepdistill.recipe import build_objective
-        from stepdistill.resources.apply import check_options, open_teacher
+        from stepdistill.resources.apply import open_teacher
 
         self.recipe, self.folder, self.display = recipe, folder, display
-        self.objectives: list[Objective] = [
-            build_objective(stage.objective, recipe.where(f"stages.{index}.objective"))
-            for index, stage in enumerate(recipe.stages)
-        ]
-        for index, (stage, objective) in enumerate(zip(recipe.stages, self.objectives, strict=True)):
-            stage.check_roles(trained_roles(objective), recipe.where(f"stages.{index}"))
-        check_options(recipe)
+        self.objectives = build_objectives(recipe)
         self.accelerator = accelerator
         self.sharding = open_sharding(accelerator)
         self.shares = shares(recipe, accelerator.num_processes, sharded=self.sharding is not None)
@@ -227,7 +222,8 @@ class _Run:
         seen = prepare_cast(cast, recipe)
         if seen:
             self.display.say(f"attention: {', '.join(f'{kind} in {count} layers' for kind, count in seen.items())}")
-        players = {name: build_player(name, cast, stage, objective, self.accelerator) for name in cast.trained}
+        where = recipe.where(f"stages.{index}")
+        players = {name: build_player(name, cast, stage, objective, self.accelerator, where) for name in cast.trained}
         if recipe.memory.offload_optimizer:
             for player in players.values():
                 offload_states(player.optimizer)
@@ -296,36 +292,18 @@ def resolve_starts(stage: StageConfig, before: Mapping[str, RoleState], family: 
     return starts
 
 
-def trained_roles(objective: Objective) -> list[str]:
-    """The roles that an objective trains."""
-    from stepdistill.objectives.base import Head, Trained
-
-    return [name for name, role in objective.roles().items() if isinstance(role, Trained | Head)]
-
-
-def lora_settings(stage: StageConfig, objective: Objective, family: ModelFamily) -> dict[str, Any]:
-    """The adapters' settings of every role that the recipe trains as LoRA; heads have all their weights anyway."""
-    from stepdistill.adapters import LoraSettings
-    from stepdistill.objectives.base import Trained
-
-    found = {}
-    for name, role in objective.roles().items():
-        lora = stage.player(name).lora
-        if lora is not None and isinstance(role, Trained):
-            found[name] = LoraSettings(lora.rank, lora.alpha, tuple(lora.targets or family.lora_targets))
-    return found
-
-
-def build_player(name: str, cast: Cast, stage: StageConfig, objective: Objective, accelerator: Accelerator) -> Player:
-    """A role's optimiser and so on, as the recipe says."""
+def build_player(
+    name: str, cast: Cast, stage: StageConfig, objective: Objective, accelerator: Accelerator, where: str = "stage"
+) -> Player:
+    """A role's optimiser and so on, as the recipe says; `where` is the stage's place in it, for errors."""
     from stepdistill.player import Player, PlayerSettings
     from stepdistill.recipe import optimizer_class
 
     config = stage.player(name)
     updates = sum(phase.repeats for phase in all_phases(stage, objective) if name in phase.updates)
+    place = f"{where}.players.{name}.optimizer"
     settings = PlayerSettings(
-        optimizer=optimizer_class(config.optimizer, f"players.{name}.optimizer"),
-        options={"lr": config.optimizer.lr, **config.optimizer.options},
+        optimizer=optimizer_class(config.optimizer, place), options=optimizer_options(config.optimizer), where=place,
         schedule=config.schedule, warmup_steps=config.warmup_steps, total_steps=max(1, updates),
         clip=config.clip, ema=config.ema,
     )  # fmt: skip
@@ -355,13 +333,19 @@ def finish(
     return RunResult(folder.path, pipeline, lora, report, adapter)
 
 
-def export(run: Path, checkpoint: str | None = None, output: Path | None = None) -> RunResult:
+def export(
+    run: Path, checkpoint: str | None = None, output: Path | None = None, *, replace: bool = False
+) -> RunResult:
     """Exports the student of a run again, of one of its checkpoints, or of the end of one of its stages.
 
     Args:
         run: a run's folder.
         checkpoint: "step-0000100" or "100"; "stage-0" for the end of the first stage; None takes the finished student.
         output: where pipeline/ and lora/ go; None: into the run's folder.
+        replace: also where a run has been exported there, and this is not its finished student.
+
+    Raises:
+        UserError: there is no such checkpoint, the run is not finished, or it would replace a run's own export.
     """
     from stepdistill.families import load_family
     from stepdistill.finish import export_student
@@ -370,12 +354,15 @@ def export(run: Path, checkpoint: str | None = None, output: Path | None = None)
     recipe = Recipe.load(run / "recipe.yaml")
     if recipe.multi_student is not None and recipe.multi_student.part is None:
         raise UserError(f"{run}: a run of several students, which are exported one by one: give {run}/student-0")
-    source = RunFolder(run)
+    source, target = RunFolder(run), RunFolder(output or run)
+    source.check_checkpoint(checkpoint, len(recipe.stages))
+    finished = checkpoint in (None, f"{STAGE}{len(recipe.stages) - 1}")
+    if not replace and not (finished and target.path.resolve() == run.resolve()):
+        target.check_exported()
     family = load_family(recipe.teacher, **recipe.teacher_options())
     family.at_size(recipe.data.size)
     roles, stage = source.roles_of(checkpoint, recipe, family)
     spec = build_objective(recipe.stages[stage].objective, recipe.source).inference()
-    target = RunFolder(output or run)
     pipeline, lora = export_student(recipe, family, roles["student"], spec, target, Display(None), stage=stage)
     adapter = target.adapter if spec is not None and spec.adapter is not None else None
     return RunResult(target.path, pipeline, lora, None, adapter)

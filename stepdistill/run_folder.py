@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError
-from stepdistill.files import write_whole
+from stepdistill.files import write_whole, writing
 
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another output=...") from error
 
+    def check_exported(self) -> None:
+        """Raises UserError where this is a run's folder and another student would replace what it has exported."""
+        there = [folder for folder in (self.pipeline, self.lora, self.adapter) if folder.exists()]
+        if there and (self.path / RECORD).is_file():
+            raise UserError(f"{there[0]}: this run has been exported, and another student would take its place; give "
+                            "--output FOLDER, or --replace")  # fmt: skip
+
     def _begun(self) -> bool:
         """Whether anything was computed here: a recipe whose run failed at once holds nobody up."""
         ended = self.checkpoints.steps() or self._ended()
@@ -141,10 +148,34 @@ class RunFolder:
         return {}, None
 
     def truncate_log(self, stage: int, step: int) -> None:
-        """Drops what a resumed run is going to log again."""
-        from stepdistill.trainer import truncate_log
+        """Drops what a resumed run is going to log again, and the half line that a killed one may have left.
 
-        truncate_log(self.log, stage, step)
+        Raises:
+            UserError: it could not be written; the log is as it was.
+        """
+        if not self.log.is_file():
+            return
+        lines = [line for line in self.log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if (lambda e: (e["stage"], e["step"]) <= (stage, step))(json.loads(line))]
+        with writing(self.log):
+            write_whole(self.log, lambda new: new.write_text("".join(line + "\n" for line in kept)))
+
+    def check_checkpoint(self, checkpoint: str | None, stages: int) -> None:
+        """Finds out whether `roles_of` has something to read, for a run of so many stages.
+
+        Raises:
+            UserError: there is no such checkpoint, or the run is not finished.
+        """
+        if checkpoint is None:
+            if self.stages_done() < stages:
+                raise UserError(f"{self.path} is not finished; run its recipe again, or name one of its checkpoints: "
+                                f"{', '.join(self.named()) or 'none yet'}")  # fmt: skip
+            return
+        number = checkpoint.removeprefix("step-")
+        ended = checkpoint.startswith(STAGE) and checkpoint in self.named()
+        if not ended and (not number.isdigit() or int(number) not in self.checkpoints.steps()):
+            raise UserError(f"{self.path} has no checkpoint {checkpoint!r}; it has "
+                            f"{', '.join(self.named()) or 'none'}")  # fmt: skip
 
     def roles_of(
         self, checkpoint: str | None, recipe: Recipe, family: ModelFamily
@@ -157,26 +188,18 @@ class RunFolder:
             family: the teacher.
 
         Raises:
-            UserError: there is no such checkpoint, or the run is not finished.
+            UserError: as `check_checkpoint`.
         """
         from stepdistill.cast import RoleState
         from stepdistill.recipe import build_objective
-        from stepdistill.run import lora_settings
+        from stepdistill.stages import lora_settings
 
-        last = len(recipe.stages) - 1
-        if checkpoint is None:
-            if self.stages_done() <= last:
-                raise UserError(f"{self.path} is not finished; run its recipe again, or name one of its checkpoints: "
-                                f"{', '.join(self.named()) or 'none yet'}")  # fmt: skip
-            return self.load_roles(last), last
-        if checkpoint in self.named() and checkpoint.startswith(STAGE):
+        self.check_checkpoint(checkpoint, len(recipe.stages))
+        checkpoint = checkpoint or f"{STAGE}{len(recipe.stages) - 1}"
+        if checkpoint.startswith(STAGE):
             stage = int(checkpoint.removeprefix(STAGE))
             return self.load_roles(stage), stage
-        number = checkpoint.removeprefix("step-")
-        if not number.isdigit() or int(number) not in self.checkpoints.steps():
-            raise UserError(f"{self.path} has no checkpoint {checkpoint!r}; it has "
-                            f"{', '.join(self.named()) or 'none'}")  # fmt: skip
-        roles, state = self.checkpoints.load(int(number))
+        roles, state = self.checkpoints.load(int(checkpoint.removeprefix("step-")))
         played = recipe.stages[state["stage"]]
         lora = lora_settings(played, build_objective(played.objective, recipe.source), family)
         averages = {name: player["ema"] for name, player in state["players"].items()}

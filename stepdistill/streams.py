@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from stepdistill.assets import resolve_bundled
 from stepdistill.console import Display
 from stepdistill.errors import UserError
-from stepdistill.run_folder import RunFolder
 
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from stepdistill.objectives.base import Objective, Phase
     from stepdistill.recipe import Recipe
     from stepdistill.recipe_sections import StageConfig
+    from stepdistill.run_folder import RunFolder
 
 
 def all_phases(stage: StageConfig, objective: Objective) -> Iterator[Phase]:
@@ -37,6 +37,29 @@ def streams_of(recipe: Recipe, objectives: Sequence[Objective]) -> set[str]:
     """The streams that the stages of a recipe play."""
     played = zip(recipe.stages, objectives, strict=True)
     return {phase.stream for stage, objective in played for phase in all_phases(stage, objective)}
+
+
+def check_sources(recipe: Recipe, objectives: Sequence[Objective]) -> None:
+    """Finds out whether the recipe names all data that its stages learn from; opens nothing.
+
+    Raises:
+        UserError: a stage needs images or stored pairs, and there are none.
+    """
+    from stepdistill.data.pairs import REMEDY
+
+    data = recipe.data
+    absent: dict[str, tuple[str, str]] = {}  # stream => key of the recipe, and what errors say
+    if data.images is None:
+        absent["images"] = ("images", 'learns from images; set it to "shapes" or to a folder of captioned images')
+    if data.pairs is None and data.make_pairs is None:
+        told = f"learns from stored pairs; {REMEDY}; or say in data.make_pairs how the run is to make them"
+        absent["pairs"] = absent["states"] = ("pairs", told)
+    for index, (stage, objective) in enumerate(zip(recipe.stages, objectives, strict=True)):
+        phases = all_phases(stage, objective) if absent else ()
+        key, why = next((absent[phase.stream] for phase in phases if phase.stream in absent), ("", ""))
+        if key:
+            where, name = recipe.where(f"data.{key}"), stage.objective.name
+            raise UserError(f"{where}: missing, and stages.{index} ({name}) {why}")
 
 
 def open_batches(
@@ -179,7 +202,7 @@ def open_pairs(
     """The pairs that the recipe names or has made, a student's own if there are several, with their prompts encoded.
 
     Raises:
-        UserError: it does neither, they are not of its teacher, or none is for this student.
+        UserError: they are not of its teacher, or none is for this student.
     """
     from stepdistill.data.pairs import PairStream
 
@@ -194,14 +217,12 @@ def find_pairs(
 ) -> PairSet:
     """The stored pairs; where there are none of this teacher, and the recipe says how, the run makes its own."""
     from stepdistill.data.pair_maker import PairSettings, make_pairs
-    from stepdistill.data.pairs import REMEDY, load_pairs
+    from stepdistill.data.pairs import load_pairs
     from stepdistill.data.prompts import load_prompts
     from stepdistill.options import build_dataclass
 
     data = recipe.data
-    if data.pairs is None and data.make_pairs is None:
-        raise UserError(f"{recipe.where('data.pairs')}: missing, and an objective learns from stored pairs; {REMEDY}; "
-                        "or say in data.make_pairs how the run is to make them")  # fmt: skip
+    assert data.pairs is not None or data.make_pairs is not None, "see `check_sources`"
     if data.pairs is not None:
         try:
             return load_pairs(resolve_bundled(data.pairs), family, size=data.size)

@@ -376,12 +376,3 @@ def _append(log: Path, line: str) -> None:
     except OSError as error:
         raise UserError(f"{log} could not be written ({error.strerror}); checkpoints are intact: make room and "
                         "run the same command again to go on from the last one") from error  # fmt: skip
-
-
-def truncate_log(log: Path, stage: int, step: int) -> None:
-    """Drops the lines of iterations that a resumed run is going to repeat."""
-    if not log.is_file():
-        return
-    lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if (lambda e: (e["stage"], e["step"]) <= (stage, step))(json.loads(line))]
-    log.write_text("".join(line + "\n" for line in kept))

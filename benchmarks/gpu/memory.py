@@ -142,7 +142,7 @@ def trainer_of(recipe: Any) -> tuple[Any, Any]:
 
     recipe = recipe.resolved()
     folder = RunFolder(Path(recipe.output), keep=1)
-    run = _Run(recipe, folder, Display(None), None, open_accelerator(recipe))
+    run = _Run(recipe, folder, Display(None), open_accelerator(recipe))
     run.batches = open_batches(recipe, run.objectives, run.family, folder, accelerator=run.accelerator,
                                display=run.display)  # fmt: skip
     run.batches.conditions.build()

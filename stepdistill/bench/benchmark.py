@@ -122,27 +122,15 @@ def run_benchmark(  # noqa: PLR0913  # what the command asks for
         UserError: if no model is given, two have one name, one cannot be loaded, or the disk is full.
     """
     _check(models, batch_size)
-    if isinstance(protocol, ShapesProtocol):
-        scorer = Scorer(protocol, device=device, on_progress=on_progress)
-        study = scorer.study(options.metrics, options.weights)
-    else:
-        study = protocol.study(device, options.metrics, options.weights)
+    study = _study(protocol, device, options, on_progress)
     runner = Runner(study, output, device, batch_size, seed, options, on_progress)
     stored = {model.name: runner.observe(model) for model in models}
     measured = list(_rows(study, models, stored)) if options.share.index == 0 else []
-    missing = {**study.missing, **{what: why for _, reasons in measured for what, why in reasons.items()}}
-    called = [{key: value for key, value in asdict(model).items() if key != "train_seconds"} for model in models]
-    facts = {**study.facts, "models": called, "weights": study.weights, "missing": missing,
-             "cells": {name: facts for name, (_, facts) in stored.items()}, "exact": options.exact,
-             "left_out": LEFT_OUT, "measured_as": MEASURED_AS}  # fmt: skip
-    rows = tuple(row for row, _ in measured)
-    if any(getattr(row, column) is not None for row in rows for column in TO_BASELINE):
-        facts["baseline"] = baseline_of(models).name
     found = report.Report(
         name=provenance.name, date=report.today(), device=report.device_name(device),
         versions=report.installed_versions(), seeds={**study.seeds, "noise": seed},
-        recipe_sha256=provenance.recipe_sha256, protocol=facts,
-        rows=rows,
+        recipe_sha256=provenance.recipe_sha256, protocol=_facts(study, models, stored, measured, options.exact),
+        rows=tuple(row for row, _ in measured),
     )  # fmt: skip
     if options.share.index == 0:
         samples = {name: _samples(cell.load(study.num_images), study.images_per_prompt)
@@ -150,6 +138,30 @@ def run_benchmark(  # noqa: PLR0913  # what the command asks for
         with writing(output):
             _write(found, samples, study.prompts, output)
     return found
+
+
+def _study(
+    protocol: ShapesProtocol | PromptProtocol, device: str, options: Options, on_progress: Tell | None
+) -> Study:
+    if isinstance(protocol, ShapesProtocol):
+        scorer = Scorer(protocol, device=device, on_progress=on_progress)
+        return scorer.study(options.metrics, options.weights)
+    return protocol.study(device, options.metrics, options.weights)
+
+
+def _facts(
+    study: Study, models: Sequence[ModelUnderTest], stored: Mapping[str, tuple[Cell, Mapping[str, Any]]],
+    measured: Sequence[tuple[report.Row, Mapping[str, str]]], exact: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What a report says of how its figures were made, and which of them could not be."""
+    missing = {**study.missing, **{what: why for _, reasons in measured for what, why in reasons.items()}}
+    called = [{key: value for key, value in asdict(model).items() if key != "train_seconds"} for model in models]
+    facts = {**study.facts, "models": called, "weights": study.weights, "missing": missing,
+             "cells": {name: told for name, (_, told) in stored.items()}, "exact": exact, "left_out": LEFT_OUT,
+             "measured_as": MEASURED_AS}  # fmt: skip
+    if any(getattr(row, column) is not None for row, _ in measured for column in TO_BASELINE):
+        facts["baseline"] = baseline_of(models).name
+    return facts
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepdistill.stock_files import left_out, pipeline_class
+
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +28,7 @@ import diffusers, torch
 from safetensors.torch import load_file, save_file
 
 job = json.loads(sys.argv[1])
-absent = {}
-if job["lora"]:  # the folder is a teacher's, where what only judges images may never have been downloaded
-    index = diffusers.DiffusionPipeline.load_config(job["folder"])
-    if index["_class_name"] == "StableDiffusionPipeline":
-        absent = {name: None for name in ("safety_checker", "feature_extractor") if name in index}
-        absent["requires_safety_checker"] = False
-pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], dtype=torch.float32, **absent)
+pipe = diffusers.DiffusionPipeline.from_pretrained(job["folder"], dtype=torch.float32, **job["without"])
 pipe.set_progress_bar_config(disable=True)
 pipe.watermark = None  # SDXL hides one in its images wherever a certain package is installed
 if job["lora"]:
@@ -117,6 +113,8 @@ def verify_export(
         latents = place / "latents.safetensors"
         job = {
             "folder": _absolute(folder),
+            # With a LoRA it is a teacher's, where what only judges images may never have been downloaded.
+            "without": left_out(pipeline_class(str(folder), None)) if lora else {},
             "lora": str(lora.resolve()) if lora else None,
             "scheduler": _lora_scheduler(lora) if lora else None,
             "prompts": list(request.prompts),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.assets import resolve_bundled, resolve_model_path
 from stepdistill.errors import UserError, first_line
+from stepdistill.recipe_text import nearest
 from stepdistill.stock_files import (
     PICKLES,
     SINGLE_FILE,
@@ -33,6 +34,33 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def is_stored(path: str) -> bool:
     """Whether plain Diffusers finds a pipeline at this path by itself: a folder or a hub id."""
     return not path.startswith(TINY) and Path(path).suffix not in (SINGLE_FILE, *PICKLES)
+
+
+def check_place(path: str, supported: Collection[str], where: str) -> None:
+    """Finds out without loading it whether there is a pipeline at a path; of a hub id, only the index is fetched.
+
+    Args:
+        path: as of `load_pipeline`.
+        supported: classes of pipelines that may be loaded.
+        where: begins what errors say.
+
+    Raises:
+        UserError: there is none, or it is of another class.
+    """
+    from stepdistill.families.tiny import TINY_PIPELINES
+
+    if path.startswith(TINY):
+        if path.removeprefix(TINY) not in TINY_PIPELINES:
+            raise UserError(f"{where}: {path} is unknown; {nearest(path.removeprefix(TINY), TINY_PIPELINES)}")
+        return
+    try:
+        path = resolve_model_path(path)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if is_stored(path):
+        pipeline_class(path, supported, where)
+    elif Path(path).suffix != SINGLE_FILE or not Path(path).is_file():
+        raise UserError(f"{where}: {path} is no {SINGLE_FILE} file; give one, a Diffusers folder, or a hub id")
 
 
 def load_pipeline(

@@ -207,11 +207,11 @@ def plan_stage(
         crew: the processes; None: there is one.
     """
     from stepdistill.recipe import build_objective
-    from stepdistill.run import trained_roles
+    from stepdistill.stages import check_stage
 
     stage = recipe.stages[index]
     objective = build_objective(stage.objective, recipe.where(f"stages.{index}.objective"))
-    stage.check_roles(trained_roles(objective), recipe.where(f"stages.{index}"))
+    check_stage(stage, objective, recipe.where(f"stages.{index}"))
     fake, meter = fake_mode(), MemoryMeter()
     family = family or family_without_weights(recipe.teacher_config or recipe.teacher, fake)
     family.at_size(recipe.data.size)
@@ -234,8 +234,9 @@ class _Played:
         self, recipe: Recipe, stage: StageConfig, objective: Objective, family: ModelFamily, meter: MemoryMeter,
         crew: Crew,
     ) -> None:  # fmt: skip
-        from stepdistill.run import build_player, lora_settings
+        from stepdistill.run import build_player
         from stepdistill.small_students import shaped_roles
+        from stepdistill.stages import lora_settings
 
         self.recipe, self.stage, self.objective, self.meter, self.crew = recipe, stage, objective, meter, crew
         shape = recipe.student.shape

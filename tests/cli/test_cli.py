@@ -57,8 +57,8 @@ def fake_run(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def train(recipe: Recipe, *, resume: bool | None, console: Any) -> None:
         calls.append({"recipe": recipe, "resume": resume, "quiet": console.quiet})
 
-    def export(run_folder: Path, checkpoint: str | None, output: Path | None) -> Any:
-        calls.append({"run_folder": run_folder, "checkpoint": checkpoint, "output": output})
+    def export(run_folder: Path, checkpoint: str | None, output: Path | None, *, replace: bool) -> Any:
+        calls.append({"run_folder": run_folder, "checkpoint": checkpoint, "output": output, "replace": replace})
         return types.SimpleNamespace(pipeline=(output or run_folder) / "pipeline", lora=None, adapter=None)
 
     module = types.ModuleType("stepdistill.run")
@@ -148,11 +148,21 @@ def test_dry_run_prints_the_complete_recipe_and_runs_nothing(
     assert fake_run == []
 
 
-def test_dry_run_checks_the_options_of_objectives(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.objective.guidence=2", "stages.0.objective.guidence: unknown key; did you mean 'guidance'?"),
+        ("stages.0.objective={name: lcm}", "data.images: missing, and stages.0 (lcm) learns from images;"),
+        ("stages.0.players={default: {optimizer: {name: AdaW}}}", "optimizer.name: unknown optimizer 'AdaW';"),
+    ],
+)
+def test_dry_run_checks_objectives_optimisers_and_data(
+    override: str, message: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "train", recipe, "--dry-run", "stages.0.objective.guidence=2") == 2
-    assert "stages.0.objective.guidence: unknown key; did you mean 'guidance'?" in capsys.readouterr().err
+    assert call(monkeypatch, "train", recipe, "--dry-run", override) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1 and printed.out == ""
 
 
 @pytest.mark.parametrize(
@@ -194,8 +204,10 @@ def test_export_hands_over_run_checkpoint_and_output(
 ) -> None:
     run = recipe.rename(recipe.with_name("recipe.yaml")).parent
     assert call(monkeypatch, "export", run, "--checkpoint", "step-20", "--output", run / "new") == 0
-    assert fake_run == [{"run_folder": run, "checkpoint": "step-20", "output": run / "new"}]
+    assert fake_run == [{"run_folder": run, "checkpoint": "step-20", "output": run / "new", "replace": False}]
     assert capsys.readouterr().out.strip() == str(run / "new/pipeline")
+    assert call(monkeypatch, "export", run, "--replace") == 0
+    assert fake_run[1] == {"run_folder": run, "checkpoint": None, "output": None, "replace": True}
 
 
 def test_export_of_a_folder_without_a_run_is_refused(

@@ -19,9 +19,10 @@ from stepdistill.families.base import ModelFamily
 from stepdistill.objectives.base import Batch, InferenceSpec, Objective, Visited
 from stepdistill.recipe import Recipe, build_objective
 from stepdistill.recipe_sections import StageConfig
-from stepdistill.run import build_player, lora_settings, resolve_starts, trained_roles
+from stepdistill.run import build_player, resolve_starts
 from stepdistill.sampling import student_samples
 from stepdistill.small_options import small_objective
+from stepdistill.stages import lora_settings, trained_roles
 from stepdistill.trainer import Trainer, TrainerSettings
 from tests.unit.test_real_recipes import REAL
 

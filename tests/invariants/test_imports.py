@@ -42,6 +42,8 @@ FORBIDDEN = {
     "health": ("trainer", "player", "recipe", "cli", "run", "families", "data", "export", "bench", "objectives.vsd",
                "objectives.dmd2", "objectives.denoising", "objectives.matching", "checkpoint", "previews"),
     "options": ("trainer", "player", "cast", "families", "recipe", "run", "export", "bench", "data"),
+    "run_folder": ("trainer", "player", "cli", "run", "finish", "export", "streams"),
+    "stages": ("trainer", "cast", "cli", "run", "run_folder", "finish", "export", "bench"),
     "recipe": ("trainer", "player", "cast", "families", "run", "export", "bench", "data"),
 }  # fmt: skip
 

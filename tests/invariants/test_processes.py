@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.processes.sharding import Sharding, whole
 from stepdistill.processes.share import divide
 from stepdistill.trainer import Interrupted, Trainer
+from tests.invariants.signals import terminate_at
 from tests.tiny import LORA, PROMPTS, scramble, trainer_of
 
 
@@ -124,12 +124,8 @@ def drifting(teacher: str, folder: Path, rank: int) -> str:
 def stopping(teacher: str, folder: Path, rank: int) -> list[Any]:
     """One of the processes gets a signal."""
     trainer = make("lora", teacher, folder / "stop", steps=50, checkpoint_every=1000)
-
-    def interrupt(progress: Any) -> None:
-        if rank == 1 and progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.on_step = interrupt
+    if rank == 1:
+        terminate_at(trainer, 2)
     with suppress(Interrupted):
         trainer.run()
     return [trainer.step, *Checkpoints(folder / "stop" / "checkpoints").steps()]

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from stepdistill.checkpoint import Checkpoints, load_tree, tensors_equal
+from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.player import Player, PlayerSettings
 from stepdistill.recipe import Recipe
 from stepdistill.run import train
-from stepdistill.trainer import Interrupted, Trainer, truncate_log
+from stepdistill.run_folder import RunFolder
+from stepdistill.trainer import Interrupted, Trainer
+from tests.invariants.signals import terminate_at
 from tests.tiny import LORA, tiny_recipe, trainer_of, weights_of
 
 
@@ -220,12 +223,7 @@ def test_the_same_recipe_gives_the_same_bits_and_another_seed_gives_others(sd_fo
 
 def test_two_signals_stop_at_once_and_one_stops_after_the_step(sd_folder: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, sd_folder, checkpoint_every=1000)
-
-    def interrupt(progress: Any) -> None:
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.on_step = interrupt
+    terminate_at(trainer, 3)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted):
         trainer.run()
@@ -250,12 +248,7 @@ def test_two_signals_stop_at_once_and_one_stops_after_the_step(sd_folder: str, t
 
 def test_a_signal_in_the_last_iteration_stops_what_would_follow(sd_folder: str, tmp_path: Path) -> None:
     trainer = make(tmp_path, sd_folder, steps=2, checkpoint_every=1000)
-
-    def interrupt(progress: Any) -> None:
-        if progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.on_step = interrupt
+    terminate_at(trainer, 2)
     with pytest.raises(Interrupted):
         trainer.run()
     assert trainer.checkpoints is not None
@@ -267,7 +260,6 @@ def test_a_signal_in_the_last_iteration_stops_what_would_follow(sd_folder: str, 
 
 def test_a_checkpoint_of_other_adapters_is_refused_with_its_reason(sd_folder: str, tmp_path: Path) -> None:
     from stepdistill.adapters import LoraSettings
-    from stepdistill.errors import UserError
 
     whole = make(tmp_path, sd_folder, steps=2)
     whole.run()
@@ -277,15 +269,34 @@ def test_a_checkpoint_of_other_adapters_is_refused_with_its_reason(sd_folder: st
 
 
 def test_the_log_of_a_killed_run_loses_what_will_be_repeated_and_half_lines(tmp_path: Path) -> None:
-    log = tmp_path / "metrics.jsonl"
+    folder = RunFolder(tmp_path)
     lines = [json.dumps({"stage": stage, "step": step}) for stage, step in [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3)]]
-    log.write_text("\n".join([*lines, '{"stage": 1, "st']))
-    truncate_log(log, 1, 2)
-    assert log.read_text().splitlines() == lines[:4]
-    truncate_log(log, 1, 0)
-    assert log.read_text().splitlines() == lines[:2]
-    truncate_log(tmp_path / "none.jsonl", 0, 0)
-    assert not (tmp_path / "none.jsonl").exists()
+    folder.log.write_text("\n".join([*lines, '{"stage": 1, "st']))
+    folder.truncate_log(1, 2)
+    assert folder.log.read_text().splitlines() == lines[:4]
+    folder.truncate_log(1, 0)
+    assert folder.log.read_text().splitlines() == lines[:2]
+    folder.log.unlink()
+    folder.truncate_log(0, 0)
+    assert not folder.log.exists()
+
+
+def test_a_log_that_a_full_disk_does_not_let_shorten_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    text = "".join(json.dumps({"stage": 0, "step": step}) + "\n" for step in (1, 2))
+    folder.log.write_text(text)
+
+    def full(path: Path, *args: object, **options: object) -> None:
+        path.write_bytes(b"")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"metrics\.jsonl could not be written \(No space left on device\); make room"):
+        folder.truncate_log(0, 1)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert folder.log.read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from stepdistill.player import Player, PlayerSettings
 from stepdistill.recipe import Recipe
 from stepdistill.run import train
 from stepdistill.trainer import Interrupted, Trainer
+from tests.invariants.signals import terminate_at
 from tests.tiny import LORA, PROMPTS, Copying, tiny_recipe, trainer_of, weights_of
 
 
@@ -383,12 +383,7 @@ def test_a_collapse_stops_the_run_with_a_diagnosis_and_a_run_goes_on_from_the_la
 
 def test_an_interrupted_run_in_doubt_leaves_the_good_checkpoint_as_the_newest(sd: ModelFamily, tmp_path: Path) -> None:
     trainer = watched(sd, Breaking(at=2), tmp_path)
-
-    def interrupt(progress: Any) -> None:
-        if progress.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer.on_step = interrupt
+    terminate_at(trainer, 3)
     with pytest.raises(Interrupted):
         trainer.run()
     assert trainer.checkpoints is not None
@@ -414,10 +409,23 @@ def test_a_role_that_gets_no_gradient_is_named(sd: ModelFamily) -> None:
         trainer.run()
 
 
-def test_options_that_an_optimiser_does_not_take_are_a_users_error() -> None:
-    settings = PlayerSettings(torch.optim.SGD, {"lr": 1.0, "betas": (0.9, 0.99)})
-    with pytest.raises(UserError, match=r"players\.student\.optimizer: SGD"):
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("SGD", {"betas": (0.9, 0.99)}, r"\.betas: SGD does not take \(0\.9, 0\.99\) \(.*unexpected keyword"),
+        ("AdamW", {"betas": (0.9, 2.0)}, r"\.betas: AdamW does not take \(0\.9, 2\.0\) \(Invalid beta parameter at "),
+        ("AdamW", {"betas": (0.9,), "eps": 1e-6}, r"\.betas: AdamW does not take \(0\.9,\) \(tuple index out"),
+        ("AdamW", {"fused": True, "foreach": True}, ": AdamW does not take these options .`fused` and `foreach`"),
+        ("SGD", {"momentum": -1.0, "nesterov": True}, r": SGD does not take these options \(Invalid momentum"),
+    ],
+)
+def test_options_that_an_optimiser_does_not_take_are_a_users_error(
+    kind: str, options: dict[str, Any], message: str
+) -> None:
+    settings = PlayerSettings(getattr(torch.optim, kind), {"lr": 1.0, **options})
+    with pytest.raises(UserError, match=rf"^players\.student\.optimizer{message}") as caught:
         Player("student", {"w": torch.nn.Parameter(torch.zeros(1))}, settings, Accelerator(cpu=True))
+    assert "see the documentation of torch.optim." in str(caught.value)
 
 
 def test_every_iteration_is_logged_with_losses_norms_and_learning_rates(sd: ModelFamily, tmp_path: Path) -> None:

@@ -13,6 +13,12 @@ from stepdistill.recipe import Recipe
 from tests.tiny import tiny_recipe
 
 
+def recipe_of(teacher: str, output: Path, objective: dict[str, Any]) -> Recipe:
+    content = tiny_recipe(teacher, output, stages=[{"objective": objective, "steps": 2, "batch_size": 2}])
+    content["data"]["images"] = "shapes"
+    return Recipe.from_mapping(content)
+
+
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
@@ -34,9 +40,8 @@ def test_a_grid_that_the_teacher_does_not_have_is_refused_before_the_run(
         raise AssertionError("the run has begun")
 
     monkeypatch.setattr(run, "open_batches", begun)
-    stage = {"objective": objective, "steps": 2, "batch_size": 2}
     with pytest.raises(UserError, match=message):
-        run.train(Recipe.from_mapping(tiny_recipe(sd_folder, tmp_path / "run", stages=[stage])))
+        run.train(recipe_of(sd_folder, tmp_path / "run", objective))
 
 
 def test_a_grid_that_it_has_is_not(sd_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +49,5 @@ def test_a_grid_that_it_has_is_not(sd_folder: str, tmp_path: Path, monkeypatch: 
         raise InterruptedError
 
     monkeypatch.setattr(run, "open_batches", begun)
-    stage = {"objective": {"name": "pcm"}, "steps": 2, "batch_size": 2}
     with pytest.raises(InterruptedError):
-        run.train(Recipe.from_mapping(tiny_recipe(sd_folder, tmp_path / "run", stages=[stage])))
+        run.train(recipe_of(sd_folder, tmp_path / "run", {"name": "pcm"}))

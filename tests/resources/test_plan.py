@@ -43,7 +43,7 @@ def planned(folder: str, tmp_path: Path, objective: dict[str, Any], **changes: A
 def measured(folder: str, recipe: Recipe) -> int:
     """The peak of an iteration that is really computed, by the same count of storages; optimisers step as on a GPU."""
     from stepdistill.objectives import resolve
-    from stepdistill.run import lora_settings
+    from stepdistill.stages import lora_settings
 
     stage = recipe.stages[0]
     family, meter = load_family(folder), MemoryMeter()

@@ -31,7 +31,8 @@ from stepdistill.families.tiny import TINY_PIPELINES
 from stepdistill.objectives import OBJECTIVES, resolve
 from stepdistill.recipe import build_objective, bundled_recipes
 from stepdistill.recipe_sections import PlayerConfig, StageConfig
-from stepdistill.run import train, trained_roles
+from stepdistill.run import train
+from stepdistill.stages import trained_roles
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -152,7 +152,7 @@ def test_dmd2_warms_student_and_critic_up_in_the_same_iterations(name: str) -> N
 def test_a_stage_keeps_the_kind_of_weights_that_it_is_handed(name: str) -> None:
     """A run of days must not be refused at its second stage."""
     from stepdistill.recipe import build_objective
-    from stepdistill.run import trained_roles
+    from stepdistill.stages import trained_roles
 
     known: dict[str, Any] = {}
     for index, stage in enumerate(Recipe.load(name).stages):
