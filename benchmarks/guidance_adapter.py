@@ -2,7 +2,7 @@
 
     stepdistill train recipes/shapes/agd.yaml
     stepdistill train recipes/shapes/sibling.yaml
-    python benchmarks/guidance_adapter.py runs/shapes-agd [--sibling runs/shapes-sibling] [--scales 2.5 4 6]
+    python benchmarks/guidance_adapter.py runs/shapes-agd [--sibling runs/shapes-sibling] [--scales 2.5 3.5 5]
 
 At each scale the teacher with guidance and the teacher with the adapter make as many images in as many steps, from the
 same noise; then the sibling, a checkpoint that was fine-tuned from the teacher and that the adapter has never seen. A
@@ -26,6 +26,7 @@ from stepdistill.bench.benchmark import Provenance, run_benchmark
 from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.bench.prompts import ShapesProtocol
 from stepdistill.recipe import Recipe
+from stepdistill.run_folder import RunFolder
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,8 @@ LARGEST_RATIO, LARGEST_LOSS = 1.03, 0.01  # of FID, and of caption accuracy in s
 
 def pairs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], ModelUnderTest, ModelUnderTest]]:
     """(what the rows say of it, guided model, model with the adapter)."""
-    planned = [("teacher", args.teacher, args.scales), ("sibling", args.sibling, args.sibling_scales)]
+    sibling = args.sibling and pipeline_of(args.sibling)
+    planned = [("teacher", args.teacher, args.scales), ("sibling", sibling, args.sibling_scales)]
     for checkpoint, path, scales in planned:
         for scale in scales if path else ():
             guided = ModelUnderTest(f"{checkpoint}, guidance {scale:g}", path, args.steps, scale)
@@ -43,11 +45,26 @@ def pairs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], ModelUnder
             yield {"checkpoint": checkpoint, "scale": scale}, guided, adapted
 
 
+def pipeline_of(path: str) -> str:
+    """The pipeline that a run has left, if it is a run's folder; else the path itself."""
+    left = RunFolder(Path(path)).pipeline
+    return str(left if left.is_dir() else path)
+
+
 def compared(mine: Mapping[str, Any], guided: Mapping[str, Any]) -> dict[str, Any]:
     """What the adapter gives up: a ratio of FID, and a loss of caption accuracy in shares."""
     ratio = mine["fid"] / guided["fid"]
     loss = guided["caption_accuracy"] - mine["caption_accuracy"]
     return {"fid_ratio": ratio, "accuracy_loss": loss, "passed": ratio <= LARGEST_RATIO and loss <= LARGEST_LOSS}
+
+
+def trained_range(recipe: Recipe) -> tuple[float, float]:
+    """Lowest and highest scale of the paths that a run of agd learnt from."""
+    given = (recipe.data.make_pairs or {}).get("guidance")
+    if given is None:
+        raise SystemExit(f"{recipe.source}: data.make_pairs.guidance is missing, so no scale is known to be trained")
+    low, high = given if isinstance(given, list | tuple) else (given, given)
+    return float(low), float(high)
 
 
 def measured(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
@@ -60,14 +77,12 @@ def measured(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
         on_progress=lambda progress: print(progress, flush=True),
     )  # fmt: skip
     rows = iter(found.rows)
-    trained = recipe.data.make_pairs.guidance if recipe.data.make_pairs is not None else None
-    low, high = trained if isinstance(trained, Sequence) else (trained, trained)
+    low, high = trained_range(recipe)
     result = []
     for facts, *_ in planned:
         guided, mine = asdict(next(rows)), asdict(next(rows))
-        inside = None if low is None or high is None else low <= facts["scale"] <= high
         result.append({**guided, **facts})
-        result.append({**mine, **facts, "scale_was_trained": inside, **compared(mine, guided)})
+        result.append({**mine, **facts, "trained": low <= facts["scale"] <= high, **compared(mine, guided)})
     return result
 
 
@@ -77,7 +92,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a run of agd")
     parser.add_argument("--teacher", default="assets/shapes/teacher")
     parser.add_argument("--sibling", help="a fine-tuned checkpoint; left out where none is given")
-    parser.add_argument("--scales", type=float, nargs="+", default=[2.5, 4.0, 6.0])
+    parser.add_argument("--scales", type=float, nargs="+", default=[2.5, 3.5, 5.0])
     parser.add_argument("--sibling-scales", type=float, nargs="+", default=[2.5])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--prompts", type=int, default=256, help="of the benchmark, 8 images each")

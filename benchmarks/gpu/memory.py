@@ -188,12 +188,12 @@ def attention(work: Path) -> dict[str, Any]:
     """Which kernels a pass of SD1.5 runs under each choice, and what the doctor finds."""
     from stepdistill.errors import UserError
     from stepdistill.families import load_family
-    from stepdistill.resources.apply import loading_types, one_pass
+    from stepdistill.resources.apply import one_pass, open_teacher
     from stepdistill.resources.attention import probe
     from stepdistill.resources.doctor import attention_findings
 
     recipe = recipe_of("sd15_lora", work, 1)
-    family = load_family(recipe.teacher, dtype=loading_types(recipe.memory), device="cuda")
+    family = open_teacher(recipe, "cuda")
     seen: dict[str, Any] = {}
     for choice in ("auto", "sdpa", "flash", "efficient", "math"):
         try:
