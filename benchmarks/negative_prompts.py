@@ -171,7 +171,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--nasa", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.5, 1.0], help="strengths alpha")
     parser.add_argument("--nag", type=float, nargs="*", default=[1.0, 2.0, 4.0, 8.0], help="strengths phi")
-    parser.add_argument("--background", default="on a {} background", help="negative prompt for a background")
+    parser.add_argument("--background", default="{}", help="negative prompt for a background")
     parser.add_argument("--color", default="a {} shape", help="negative prompt for a colour")
     parser.add_argument("--prompts", type=int, default=256, help="those that leave a value open are used for it")
     parser.add_argument("--per-prompt", type=int, default=8)
