@@ -187,7 +187,6 @@ def measure(name: str, work: Path, cap: float, rounds: int) -> dict[str, Any]:
 def attention(work: Path) -> dict[str, Any]:
     """Which kernels a pass of SD1.5 runs under each choice, and what the doctor finds."""
     from stepdistill.errors import UserError
-    from stepdistill.families import load_family
     from stepdistill.resources.apply import one_pass, open_teacher
     from stepdistill.resources.attention import probe
     from stepdistill.resources.doctor import attention_findings
