@@ -25,8 +25,8 @@ from stepdistill.bench import report
 from stepdistill.bench.benchmark import Provenance, run_benchmark
 from stepdistill.bench.generate import ModelUnderTest
 from stepdistill.bench.prompts import ShapesProtocol
+from stepdistill.cli_models import model_under_test
 from stepdistill.recipe import Recipe
-from stepdistill.run_folder import RunFolder
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ LARGEST_RATIO, LARGEST_LOSS = 1.03, 0.01  # of FID, and of caption accuracy in s
 
 def pairs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], ModelUnderTest, ModelUnderTest]]:
     """(what the rows say of it, guided model, model with the adapter)."""
-    sibling = args.sibling and pipeline_of(args.sibling)
+    sibling = args.sibling and model_under_test(args.sibling, {}).path
     planned = [("teacher", args.teacher, args.scales), ("sibling", sibling, args.sibling_scales)]
     for checkpoint, path, scales in planned:
         for scale in scales if path else ():
@@ -43,12 +43,6 @@ def pairs(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], ModelUnder
             adapted = ModelUnderTest(f"{checkpoint}, adapter at {scale:g}", path, args.steps, scale,
                                      adapter=str(args.run / "adapter"))  # fmt: skip
             yield {"checkpoint": checkpoint, "scale": scale}, guided, adapted
-
-
-def pipeline_of(path: str) -> str:
-    """The pipeline that a run has left, if it is a run's folder; else the path itself."""
-    left = RunFolder(Path(path)).pipeline
-    return str(left if left.is_dir() else path)
 
 
 def compared(mine: Mapping[str, Any], guided: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +63,7 @@ def trained_range(recipe: Recipe) -> tuple[float, float]:
 
 def measured(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     """Rows, a guided model's before the one with the adapter."""
+    low, high = trained_range(recipe)  # before the work: a run that does not say it is refused
     planned = list(pairs(args))
     models = [model for _, *both in planned for model in both]
     found = run_benchmark(
@@ -77,7 +72,6 @@ def measured(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
         on_progress=lambda progress: print(progress, flush=True),
     )  # fmt: skip
     rows = iter(found.rows)
-    low, high = trained_range(recipe)
     result = []
     for facts, *_ in planned:
         guided, mine = asdict(next(rows)), asdict(next(rows))

@@ -53,6 +53,7 @@ def test_every_scale_is_measured_with_guidance_and_with_the_adapter(
     monkeypatch.setattr(script, "run_benchmark", benchmark)
     run = written(tmp_path / "run", **PAIRS)
     (tmp_path / "other" / "pipeline").mkdir(parents=True)
+    (tmp_path / "other" / "pipeline" / "model_index.json").write_text("{}")
     output = tmp_path / "out.json"
     words = [str(run), "--sibling", str(tmp_path / "other"), "--scales", "2", "6", "--sibling-scales", "2"]
     assert script.main([*words, "--output", str(output)]) == 1
