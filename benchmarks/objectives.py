@@ -107,7 +107,7 @@ def passes_per_iteration(recipe: Recipe, folder: Path) -> list[int]:
 
     def spent(stages: Sequence[StageConfig]) -> int:
         export = recipe.export.model_copy(update={"pipeline": False, "lora": False})
-        short = recipe.model_copy(update={"stages": list(stages), "export": export, "output": str(folder)})
+        short = recipe.model_copy(update={"stages": tuple(stages), "export": export, "output": str(folder)})
         with counting(kind) as counter:
             train(short, resume=False)
         return counter.passes

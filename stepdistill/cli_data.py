@@ -108,6 +108,7 @@ def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _Pair
 
     given = _read_options(options)
     recipe = recipe_of(source)
+    recipe = recipe and recipe.for_teacher()
     known = {} if recipe is None else recipe.pair_options()
     settings: PairSettings = build_dataclass(PairSettings, {**known, **given}, "pairs")
     if prompts is not None:

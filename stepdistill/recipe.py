@@ -74,8 +74,10 @@ class Recipe(Section):
     health: HealthConfig | None = HealthConfig()
     export: ExportConfig = ExportConfig()
     bench: BenchConfig | None = None
+    with_flow_teacher: dict[str, Any] | None = None
 
     _source: str = PrivateAttr(default="recipe")
+    _overridden: tuple[str, ...] = PrivateAttr(default=())
 
     def pair_options(self) -> dict[str, Any]:
         """How pairs are made, by the fields of PairSettings; what is not said is sampled as the benchmark does."""
@@ -114,7 +116,9 @@ class Recipe(Section):
             recipe = cls.model_validate_json(to_json(content, source), strict=True)
         except ValidationError as error:
             raise UserError("\n".join(explain(error, cls, content, source, overridden=overridden))) from None
-        recipe._source = source
+        recipe._source, recipe._overridden = source, tuple(overridden)
+        if recipe.with_flow_teacher:
+            recipe.for_flow()  # so that its mistakes are found with every teacher
         return recipe
 
     @property
@@ -126,10 +130,32 @@ class Recipe(Section):
         """The place of a key, as error messages name it: ``recipes/x.yaml: stages.0.objective``."""
         return f"{self._source}: {key}"
 
+    def for_teacher(self) -> Self:
+        """The recipe for the teacher that it names; of the teacher, at most the scheduler's configuration is read."""
+        if not self.with_flow_teacher:
+            return self
+        from stepdistill.families import FAMILIES
+        from stepdistill.families.loading import load_scheduler_config
+        from stepdistill.schedule import flow_schedule
+
+        config = load_scheduler_config(self.teacher, FAMILIES, self.teacher_config)
+        return self.for_flow() if flow_schedule(config) else self.model_copy(update={"with_flow_teacher": None})
+
+    def for_flow(self) -> Self:
+        """The recipe for a flow-matching teacher: with what it says of one, except where a command says otherwise."""
+        content = {**self.model_dump(mode="json"), "with_flow_teacher": None}
+        for key, value in (self.with_flow_teacher or {}).items():
+            if not any(f"{key}.".startswith(f"{said}.") or said.startswith(f"{key}.") for said in self._overridden):
+                apply_override(content, f"{key}={json.dumps(value)}", what="with_flow_teacher")
+        recipe = self.from_mapping(content, source=f"{self._source}, with_flow_teacher")
+        recipe._source = self._source
+        return recipe
+
     def resolved(self) -> Self:
-        """The same recipe with the objectives' own defaults written out; checks their options (imports torch)."""
-        content = self.model_dump(mode="json")
-        for index, stage in enumerate(self.stages):
+        """The same recipe for its teacher, with the objectives' own defaults; checks their options (imports torch)."""
+        recipe = self.for_teacher()
+        content = recipe.model_dump(mode="json")
+        for index, stage in enumerate(recipe.stages):
             objective = build_objective(stage.objective, self.where(f"stages.{index}.objective"))
             content["stages"][index]["objective"] = {"name": stage.objective.name, **plain_options(objective)}
         return self.from_mapping(content, source=self._source)
@@ -151,6 +177,7 @@ class Recipe(Section):
                    (content, "teacher_config", self.teacher_config), (content, "teacher_loras", self.teacher_loras),
                    (content["export"], "lora_format", self.export.lora_format != "diffusers"),
                    (content, "attention", self.attention != "auto"),
+                   (content, "with_flow_teacher", self.with_flow_teacher),
                    (content, "memory", self.memory != MemoryConfig())]  # fmt: skip
         for section, key, value in younger:
             if not value:

@@ -117,34 +117,35 @@ def key_and_value(text: str, where: str, expected: str) -> tuple[str, str]:
     return key, value
 
 
-def apply_override(content: dict[str, Any], text: str) -> str:
+def apply_override(content: dict[str, Any], text: str, what: str = "override") -> str:
     """Sets one ``key.path=value`` in nested plain values, in place, and returns the key path.
 
-    Whether the key exists is for the models to say; only a path that cannot be followed is an error here.
+    Errors begin with `what`. Whether the key exists is for the models to say; only a path that cannot be followed is
+    an error here.
     """
     path, equals, value = text.partition("=")
     if not equals or not _WHOLE_PATH.match(path):
-        raise UserError(f"override {text!r}: expected key.path=value, for example stages.0.steps=100")
+        raise UserError(f"{what} {text!r}: expected key.path=value, for example stages.0.steps=100")
     keys = path.split(".")
     target: dict[str, Any] | list[Any] = content
     for depth, key in enumerate(keys[:-1]):
-        entry = _entry(target, key, path)
+        entry = _entry(target, key, f"{what} {path}")
         if entry is None:
             entry = {}
         if not isinstance(entry, (dict, list)):
-            raise UserError(f"override {path}: {'.'.join(keys[: depth + 1])} is {reprlib.repr(entry)} and has no keys")
+            raise UserError(f"{what} {path}: {'.'.join(keys[: depth + 1])} is {reprlib.repr(entry)} and has no keys")
         _set(target, key, entry)
         target = entry
-    _entry(target, keys[-1], path)
-    _set(target, keys[-1], parse_yaml(value, f"override {path}"))
+    _entry(target, keys[-1], f"{what} {path}")
+    _set(target, keys[-1], parse_yaml(value, f"{what} {path}"))
     return path
 
 
-def _entry(target: dict[str, Any] | list[Any], key: str, path: str) -> Any:
+def _entry(target: dict[str, Any] | list[Any], key: str, where: str) -> Any:
     if isinstance(target, dict):
         return target.get(key)
     if not key.isdecimal() or int(key) >= len(target):
-        raise UserError(f"override {path}: {key!r} is not an entry of the list; valid: 0 to {len(target) - 1}")
+        raise UserError(f"{where}: {key!r} is not an entry of the list; valid: 0 to {len(target) - 1}")
     return target[int(key)]
 
 

@@ -62,9 +62,10 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
         UserError: as `run_smoke`.
     """
     name = family_of(recipe)
+    recipe = recipe.model_copy(update={"teacher": TINY + name, "teacher_config": None, "teacher_loras": ()})
+    recipe = recipe.for_teacher()
     content = recipe.model_dump(mode="json")
-    content |= {"output": str(folder / "run"), "teacher": TINY + name, "teacher_config": None, "teacher_loras": [],
-                "bench": None, "checkpoints": {"every": 1, "keep": 1}}  # fmt: skip
+    content |= {"output": str(folder / "run"), "bench": None, "checkpoints": {"every": 1, "keep": 1}}
     content["data"] |= _small_data(recipe, name == "dit", folder)
     content["stages"] = [_small_stage(stage) for stage in content["stages"]]
     if content["previews"] is not None:

@@ -169,9 +169,7 @@ def load_single_file(
     """
     import torch
 
-    if file.suffix != SINGLE_FILE:
-        raise UserError(f"{where}: {file} is a pickle, which can run any code when it is read; give a .safetensors "
-                        "file or a Diffusers folder")  # fmt: skip
+    _refuse_pickle(file, where)
     dtype = dtype or torch.float32
     shapes = _shapes(file, where)
     folder = _config_folder(file, shapes, config, where=where, key=key, download=download)
@@ -191,6 +189,18 @@ def load_single_file(
         raise UserError(f"{where}: {file} {what} a {kind.__name__} built as {folder} says{why}; give a folder of its "
                         f"architecture as {key}, with the weights that the file has not") from error  # fmt: skip
     return loaded
+
+
+def single_file_config(file: Path, config: str | None, *, where: str, key: str) -> str:
+    """The folder that says how a single file is built; arguments and errors as of `load_single_file`."""
+    _refuse_pickle(file, where)
+    return _config_folder(file, _shapes(file, where), config, where=where, key=key, download=False)
+
+
+def _refuse_pickle(file: Path, where: str) -> None:
+    if file.suffix != SINGLE_FILE:
+        raise UserError(f"{where}: {file} is a pickle, which can run any code when it is read; give a .safetensors "
+                        "file or a Diffusers folder")  # fmt: skip
 
 
 def _absent_encoders(shapes: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, where: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from stepdistill.export.pipeline import forget_origin
 from stepdistill.files import replacing
 
 
+BUNDLED = Path(__file__).resolve().parents[2] / "assets/shapes/teacher"
 EMPTY_WIDTH = 8  # of the second text encoder
 WIDTH, HEADS, BLOCKS, PATCH = 128, 4, 6, 2  # of the transformer; a step costs less than the UNet's
 
@@ -93,9 +94,13 @@ def third_encoder(tokenizer: CLIPTokenizer, width: int) -> nn.Module:
 
 
 def assemble(parts: Path, seed: int) -> None:
-    """Puts the parts together as a StableDiffusion3Pipeline in `parts`/untrained-flow, its transformer untrained."""
-    first = text_encoder(parts / "text")
-    tokenizer = CLIPTokenizer.from_pretrained(parts / "text")
+    """Puts the parts together as a StableDiffusion3Pipeline in `parts`/untrained-flow, its transformer untrained.
+
+    What `parts` does not hold is taken from the bundled UNet's teacher.
+    """
+    text = parts / "text"
+    first = text_encoder(text if text.is_dir() else BUNDLED / "text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(text if text.is_dir() else BUNDLED / "tokenizer")
     width = first.config.hidden_size + EMPTY_WIDTH
     torch.manual_seed(seed)
     StableDiffusion3Pipeline(
@@ -107,8 +112,8 @@ def assemble(parts: Path, seed: int) -> None:
 
 def autoencoder(parts: Path) -> AutoencoderKL:
     """That of the UNet's teacher, whose decoder may have been trained for longer; this pipeline also knows a shift."""
-    folder = parts / ("decoder" if (parts / "decoder").is_dir() else "autoencoder")
-    model = AutoencoderKL.from_pretrained(folder)
+    made = [folder for folder in (parts / "decoder", parts / "autoencoder") if folder.is_dir()]
+    model = AutoencoderKL.from_pretrained((made or [BUNDLED / "vae"])[0])
     model.register_to_config(shift_factor=0.0)
     return model
 

@@ -21,6 +21,7 @@ from stepdistill.stock_files import (
     loading_errors,
     pipeline_class,
     reason,
+    single_file_config,
 )
 
 
@@ -94,6 +95,34 @@ def load_pipeline(
     except loading_errors() as error:
         raise UserError(f"teacher: {path} could not be loaded: {reason(path, error)}") from error
     return loaded
+
+
+def load_scheduler_config(path: str, supported: Collection[str], config: str | None = None) -> Mapping[str, Any]:
+    """What a teacher's scheduler was saved with; reads no weights, and of a hub id this one file and the index.
+
+    Args:
+        path: as of `load_pipeline`.
+        supported: as of `load_pipeline`.
+        config: as of `load_pipeline`.
+
+    Raises:
+        UserError: as `load_pipeline`.
+    """
+    from diffusers import DDIMScheduler
+
+    if path.startswith(TINY):
+        from stepdistill.families.tiny import tiny_pipeline
+
+        scheduler = tiny_pipeline(path.removeprefix(TINY)).scheduler
+        return {**scheduler.config, "_class_name": type(scheduler).__name__}
+    path = resolve_model_path(path)
+    folder = path if is_stored(path) else single_file_config(Path(path), config, where="teacher", key="teacher_config")
+    pipeline_class(folder, supported)  # refuses
+    try:
+        found: dict[str, Any] = DDIMScheduler.load_config(folder, subfolder="scheduler")  # of any class
+    except loading_errors() as error:
+        raise UserError(f"teacher: the scheduler of {path} could not be read: {reason(folder, error)}") from error
+    return found
 
 
 def _as_types(pipeline: DiffusionPipeline, dtype: Any) -> DiffusionPipeline:

@@ -255,14 +255,71 @@ def test_a_key_that_is_younger_than_published_results_changes_no_fingerprint_unl
     base = load(write(MINIMAL))
     content = base.model_dump(mode="json", exclude={"output", "device", "health", "student", "multi_student"})
     del content["teacher_config"], content["teacher_loras"], content["export"]["lora_format"]
-    del content["attention"], content["memory"]
+    del content["attention"], content["memory"], content["with_flow_teacher"]
     for key in ("make_pairs", "buckets", "cache_folder", "workers"):
         del content["data"][key]
     plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert base.sha256 == hashlib.sha256(plain.encode()).hexdigest()
     for change in ("data.make_pairs={count: 4}", "multi_student={students: 2}", "teacher_loras=[{path: a}]",
-                   "teacher_config=a", "export.lora_format=both", "attention=math", "memory.base=bf16"):  # fmt: skip
+                   "teacher_config=a", "export.lora_format=both", "attention=math", "memory.base=bf16",
+                   "with_flow_teacher={seed: 1}"):  # fmt: skip
         assert load(write(MINIMAL), change).sha256 != base.sha256, change
+
+
+FLOW = (
+    MINIMAL
+    + """\
+with_flow_teacher:
+  stages.0.objective.guidance: 5.0
+  stages.0.objective.timesteps: [999]
+  data.count: 7
+"""
+)
+
+
+def test_what_is_said_of_a_flow_teacher_counts_with_one_alone_and_less_than_the_command(write: Any) -> None:
+    def guidance(*overrides: str) -> Any:
+        recipe = load(write(FLOW), *overrides).resolved()
+        assert recipe.with_flow_teacher is None, "settled, so that a run's record says what was run"
+        return recipe.stages[0].objective.options["guidance"], recipe.data.count, recipe.source
+
+    source = load(write(FLOW)).source
+    plain = load(write(MINIMAL), "teacher=tiny:sd").resolved()
+    assert load(write(FLOW), "teacher=tiny:sd").resolved().sha256 == plain.sha256
+    assert guidance("teacher=tiny:sd") == (3.0, plain.data.count, source)
+    assert guidance("teacher=tiny:sd3") == (5.0, 7, source)
+    assert guidance("teacher=tiny:sd3", "stages.0.objective.guidance=2.0") == (2.0, 7, source)
+    assert guidance("teacher=tiny:sd3", "stages.0.objective={name: dmd2, guidance: 2.0}")[0] == 2.0
+    assert guidance("teacher=tiny:sd3", "data={prompts: shapes, count: 9}")[1] == 9
+
+
+def test_the_kind_of_a_stored_teacher_is_read_from_its_scheduler(write: Any, tmp_path: Path) -> None:
+    def count(kind: str) -> int:
+        folder = tmp_path / kind
+        (folder / "scheduler").mkdir(parents=True)
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+        (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": kind}))
+        return load(write(FLOW), f"teacher={folder}").resolved().data.count
+
+    assert count("FlowMatchEulerDiscreteScheduler") == 7
+    assert count("DDIMScheduler") != 7
+    (tmp_path / "DDIMScheduler/scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"scheduler_config\.json is damaged"):
+        load(write(FLOW), f"teacher={tmp_path / 'DDIMScheduler'}").resolved()
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("{stages.0.stps: 5}", "x.yaml, with_flow_teacher: stages.0.stps: unknown key; did you mean 'steps'?"),
+        ("{stages.3.steps: 5}", "with_flow_teacher stages.3.steps: '3' is not an entry of the list; valid: 0 to 0"),
+        ("{'': 5}", "with_flow_teacher '=5': expected key.path=value, for example stages.0.steps=100"),
+    ],
+)
+def test_a_mistake_in_what_is_said_of_a_flow_teacher_is_found_with_every_teacher(
+    write: Any, said: str, line: str
+) -> None:
+    assert mistakes(write(f"{MINIMAL}with_flow_teacher: {said}\n")) == [line]
 
 
 def test_the_fingerprint_changes_with_the_content_but_not_with_output_or_device(write: Any) -> None:
