@@ -50,6 +50,8 @@ class Sprint:
             others are those of the consistency loss.
         gan_time_mean: P_mean of the times at which the discriminator looks (-0.6).
         gan_time_std: P_std of these.
+        misaligned_weight: of a second game, real samples with their own prompts against the same with others' (the
+            released code's option counts these as generated).
         layers: modules of the teacher whose outputs the discriminator sees; empty: the family's own choice.
     """
 
@@ -71,6 +73,7 @@ class Sprint:
     largest_time_share: float = 0.5
     gan_time_mean: float = -0.6
     gan_time_std: float = 1.0
+    misaligned_weight: float = 0.0
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -80,6 +83,8 @@ class Sprint:
             raise UserError(f"largest_time_share must lie between 0 and 1, got {self.largest_time_share}")
         if self.gan_time_std < 0:
             raise UserError(f"gan_time_std must not be negative, got {self.gan_time_std}")
+        if self.misaligned_weight < 0:
+            raise UserError(f"misaligned_weight must not be negative, got {self.misaligned_weight}")
         assert self.scm.updates  # and SCM checks its own options
 
     @property
@@ -97,7 +102,8 @@ class Sprint:
         """The game between student and discriminator, seen through the frozen teacher."""
         # arctan(e^tau / sigma_d) has log tan = tau - log sigma_d, and tan = sigma / (data_std alpha)
         mean = self.gan_time_mean + math.log(self.data_std / self.sigma_d)
-        return Adversary(game=self.gan_loss, features="teacher", log_noise=(mean, self.gan_time_std))
+        return Adversary(game=self.gan_loss, features="teacher", log_noise=(mean, self.gan_time_std),
+                         misaligned_weight=self.misaligned_weight)  # fmt: skip
 
     def roles(self) -> Mapping[str, Role]:
         return {**self.scm.roles(), "discriminator": Head(Discriminator, self.layers)}

@@ -67,7 +67,9 @@ class Cast:
     def logits(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         assert denoiser is self.views["teacher"], "LADD's features are the frozen teacher's"
         self.seen.append((x_t.detach(), t))
-        return self.slope * denoiser(x_t, t, condition).native.mean(1, keepdim=True)
+        return self.slope * denoiser(x_t, t, condition).native.mean(1, keepdim=True) + 0.1 * shaped(
+            condition.tensors["label"], x_t
+        )
 
 
 def images(count: int = 8) -> Batch:
@@ -177,6 +179,20 @@ def test_the_discriminators_hinge_is_the_mean_over_real_and_generated() -> None:
     torch.testing.assert_close(loss.total, expected, rtol=1e-12, atol=0)
 
 
+def test_a_second_game_has_the_same_real_samples_with_others_prompts() -> None:
+    roles = cast()
+    loss = turn_of("discriminator", Sprint(misaligned_weight=0.25), roles)
+    (x_t, t), _, (seen, at) = roles.seen
+    assert torch.equal(x_t, seen) and torch.equal(t, at)
+    said = roles.logits(roles.views["teacher"], x_t, t, images().condition)
+    others = images().condition[torch.arange(len(x_t)).roll(1)]
+    wrong = roles.logits(roles.views["teacher"], x_t, t, others)
+    assert not torch.equal(said, wrong)
+    expected = 0.5 * 0.25 * ((1 - said).relu().mean() + (1 + wrong).relu().mean())
+    torch.testing.assert_close(loss.terms["misaligned"], expected, rtol=1e-12, atol=0)
+    assert "misaligned" not in turn_of("discriminator", Sprint(), cast()).terms
+
+
 def test_the_discriminator_looks_where_the_paper_looks() -> None:
     """arctan(e^tau / sigma_d) of data with the spread sigma_d: log(sigma / alpha) = tau - log sigma_d here."""
     objective, roles = Sprint(gan_time_mean=-0.6, gan_time_std=1.0), cast()
@@ -221,6 +237,7 @@ def test_its_roles_turns_and_way_of_being_called() -> None:
         ({"gan_weight": 0.0}, "gan_weight must be positive.*scm"),
         ({"largest_time_share": 1.5}, "largest_time_share must lie between 0 and 1"),
         ({"gan_time_std": -1.0}, "gan_time_std must not be negative"),
+        ({"misaligned_weight": -0.5}, "misaligned_weight must not be negative"),
         ({"sigma_d": 0.0}, "sigma_d must be positive"),
     ],
 )
