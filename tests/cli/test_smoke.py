@@ -60,6 +60,15 @@ def test_files_on_this_machine_say_more_than_names(sd_folder: str, tmp_path: Pat
     assert family_of(recipe_of(teacher=str(v))) == "sd21"
 
 
+def test_the_small_recipe_is_for_the_kind_of_its_teacher(tmp_path_factory: pytest.TempPathFactory) -> None:
+    noise, flow = (smoke_recipe(Recipe.load("quickstart", [f"teacher=tiny:{name}"]), tmp_path_factory.mktemp(name))
+                   for name in ("sd", "sd3"))  # fmt: skip
+    assert noise.data.make_pairs == {**flow.data.make_pairs, "sampler": "dpm++"}
+    assert flow.data.make_pairs["sampler"] == "euler"
+    assert [s.objective.options.get("timestep") for s in (noise.stages[0], flow.stages[0])] == [549, 999]
+    assert [list(s.objective.options["timesteps"]) for s in (noise.stages[1], flow.stages[1])] == [[549], [999]]
+
+
 def test_an_unknown_teacher_is_asked_about() -> None:
     with pytest.raises(UserError, match=r"teacher someone/thing is not known; .*teacher=tiny:NAME, of sd, .*sdxl"):
         family_of(recipe_of(teacher="someone/thing"))
