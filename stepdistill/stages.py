@@ -15,7 +15,7 @@ from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.families.loading import check_place
 from stepdistill.recipe import build_objective, optimizer_class
-from stepdistill.streams import check_sources
+from stepdistill.streams import check_places, check_sources
 
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def check_recipe(recipe: Recipe, objectives: Sequence[Objective], *, done: int) 
     from stepdistill.resources.apply import check_options
 
     check_stages(recipe, objectives)
+    if done < len(recipe.stages):
+        check_places(recipe, objectives)
     check_options(recipe)
     check_starts(recipe, done)
     if recipe.bench is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stepdistill.assets import resolve_bundled
 from stepdistill.console import Display
+from stepdistill.data.source import SHAPES_SOURCE, parse_source
 from stepdistill.errors import UserError
 
 
@@ -60,6 +61,26 @@ def check_sources(recipe: Recipe, objectives: Sequence[Objective]) -> None:
         if key:
             where, name = recipe.where(f"data.{key}"), stage.objective.name
             raise UserError(f"{where}: missing, and stages.{index} ({name}) {why}")
+
+
+def check_places(recipe: Recipe, objectives: Sequence[Objective]) -> None:
+    """Finds out whether the data that a run is to read is there; reads none of it, and asks no hub.
+
+    Raises:
+        UserError: a file or folder of prompts or of images does not exist.
+    """
+    data = recipe.data
+    wanted = {"prompts": data.prompts}
+    if data.images is not None and "images" in streams_of(recipe, objectives):
+        wanted["images"] = data.images
+    for key, text in wanted.items():
+        source = parse_source(text)
+        files = () if source.is_shapes or source.is_hub else source.files()
+        absent = next((file for file in files if not file.exists()), None)
+        if absent is not None:
+            what = "file" if key == "prompts" else "folder or file"
+            raise UserError(f"{recipe.where(f'data.{key}')}: {absent}: there is no such {what}; correct the path, or "
+                            f'take "{SHAPES_SOURCE}"')  # fmt: skip
 
 
 def open_batches(

@@ -198,6 +198,25 @@ def test_a_mistake_in_a_later_stage_is_a_line_before_anything_is_loaded_or_writt
 
 
 @pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"prompts": "HERE/none.txt"}, r"prompts: .*/none\.txt: there is no such file; correct the path, or take"),
+        ({"images": "HERE/photos"}, r"images: .*/photos: there is no such folder or file; correct the path, or take"),
+        ({"images": "HERE/a-{0..1}.tar"}, r"images: .*/a-1\.tar: there is no such folder or file"),
+    ],
+)
+def test_data_that_is_not_there_is_told_before_anything_is_loaded_or_written(
+    data: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a-0.tar").touch()
+    content = tiny_recipe("some/teacher", tmp_path / "run", stages=[stage("full", 1e-3, objective={"name": "lcm"})])
+    content["data"] |= {"images": "shapes", **{k: v.replace("HERE", str(tmp_path)) for k, v in data.items()}}
+    with pytest.raises(UserError, match=rf"^recipe: data\.{message}"):
+        train(Recipe.from_mapping(content), resume=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("evaluator", "message"),
     [
         ("nowhere/clip", "nowhere/clip is no folder of a CLIPModel"),
