@@ -106,6 +106,19 @@ def test_a_student_that_was_stopped_while_it_was_exported_is_exported_again_and_
     assert sorted(file.name for file in (run / "lora").iterdir()) == exported
 
 
+def test_students_that_could_not_all_be_trained_are_refused_before_the_first(
+    dit_folder: str, tmp_path: Path, seen: list[set[str]]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("1\n2\n3\n")  # all of the first half of the classes
+    recipe = several(
+        dit_folder, tmp_path / "run", data={"prompts": str(tmp_path / "prompts.txt")},
+        multi_student={"students": 2, "by": "classes"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="none of the 3 prompts belongs to student 2 of 2"):
+        train(recipe)
+    assert seen == []
+
+
 def test_a_partition_for_another_number_of_students_is_refused(sd_folder: str, tmp_path: Path) -> None:
     rows = torch.eye(3, dtype=torch.float64).numpy()
     (tmp_path / "apart").mkdir()
