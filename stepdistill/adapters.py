@@ -176,7 +176,8 @@ def copy_into(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], wha
     wrong = [k for k in parameters if k in state and parameters[k].shape != state[k].shape]
     if missing or wrong:
         raise UserError(f"{what} does not fit: {len(missing)} names and {len(wrong)} shapes differ, "
-                        f"first {[*missing, *wrong][0]!r}; was it made with another rank or targets?")  # fmt: skip
+                        f"first {[*missing, *wrong][0]!r}; was it made with another rank, other targets "
+                        "or another student.shape?")  # fmt: skip
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(placed_like(state[key], parameter))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from stepdistill.attention import NAG, NASA, Rule, steer
 from stepdistill.bench import generate
 from stepdistill.errors import UserError
 from stepdistill.hybrid import watched
+from stepdistill.labels import asked
 from stepdistill.routed import RoutedPipeline
 from stepdistill.seeds import own_randomness
 from stepdistill.trace import Trace
@@ -96,7 +98,7 @@ def draw(
     for number, prompt in enumerate(prompts):
         generators = [torch.Generator().manual_seed(generate.image_seed(seed, number, k)) for k in range(count)]
         with steering, own_randomness(generate.image_seed(seed, number, 0), torch.device(device)):
-            images = pipeline([prompt] * count, generator=generators, **options).images
+            images = pipeline(asked(pipeline, [prompt] * count), generator=generators, **options).images
         for k, image in enumerate(images):
             file = output / f"{number:03d}-{_slug(prompt)}-{seed}-{k}.png"
             image.save(file)
@@ -110,11 +112,14 @@ def draw(
 
 def _check_it_acts(pipeline: DiffusionPipeline) -> None:
     """Raises UserError where the unconditional half of guidance, which a negative prompt replaces, is never called."""
+    drawing: Any = getattr(pipeline, "student", pipeline)
+    if "negative_prompt" not in inspect.signature(drawing.__call__).parameters:
+        raise UserError(f"{type(drawing).__name__} takes no negative prompt; leave it out")
     unet = pipeline.components.get("unet")
     if unet is not None and unet.config.get("time_cond_proj_dim") is not None:
         raise UserError("a negative prompt does nothing to a network that takes the guidance scale as an input; say "
                         "how strongly it is to act, with --nasa 0.3 or --nag 2")  # fmt: skip
-    if type(pipeline).__name__ == "FluxPipeline":
+    if type(drawing).__name__ == "FluxPipeline":
         raise UserError("a negative prompt does nothing to FLUX, whose guidance takes one network call; say how "
                         "strongly it is to act, with --nag 2")  # fmt: skip
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stepdistill.run import RunResult
 
 
+CARD = "README.md"
 CLASS_TABLE = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"  # of DiTTransformer2DModel
 
 
@@ -131,6 +132,8 @@ def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
     if not record.is_file() or folder.stages_done() < len(recipe.stages):
         return False
     exported = not recipe.export.pipeline or (folder.pipeline / "model_index.json").is_file()
+    # The card is written last: without it the run was stopped before its LoRA, or before its export was checked.
+    exported = exported and (folder.path / CARD).is_file()
     return exported and Recipe.load(record).sha256 == recipe.sha256
 
 
@@ -162,6 +165,10 @@ def _found(
     for folder in folders:
         if (folder / INDEX).is_file():
             other = load_partition(folder, config.rule)
+            if other.students != config.students:
+                raise UserError(f"{folder}: the files {PARTITION}* divide prompts among {other.students} students, "
+                                f"the recipe among {config.students}; take those files away, or give "
+                                f"multi_student.students={other.students}")  # fmt: skip
             known = other if known is None else known
             if not same_partition(other, known):
                 raise UserError(f"{folder}: this student was trained for another partition of the prompts than the "
@@ -252,4 +259,4 @@ One of them, for its own prompts, with nothing but Diffusers:
 """
     if report is not None:
         text += f"\n## Measured\n\n{markdown_table(report.rows)}\n"
-    (folder.path / "README.md").write_text(text, encoding="utf-8")
+    (folder.path / CARD).write_text(text, encoding="utf-8")

@@ -219,7 +219,13 @@ class ByRule:
         return [self._part(prompt) for prompt in prompts]
 
     def _part(self, prompt: str) -> int:
-        number = self.function(prompt)
+        try:
+            number: Any = self.function(prompt)
+        except Exception as error:  # whatever code of one's own may say
+            raise UserError(f"{self.rule} fails at prompt {prompt!r} ({error!r}); it has to know every prompt that "
+                            "may come") from error  # fmt: skip
+        if isinstance(number, np.integer):
+            number = int(number)
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < self.students:
             raise UserError(f"{self.rule} gives prompt {prompt!r} to student {number!r}; it has to return a number "
                             f"from 0 to {self.students - 1}")  # fmt: skip
@@ -236,7 +242,9 @@ class ByRule:
         try:
             function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"rule {rule!r} could not be imported: {error}") from error
+            raise UserError(f"rule {rule!r} could not be imported: {error}; give package.module:function, and "
+                            "PYTHONPATH=. before the command where its file lies in this folder"
+                            ) from error  # fmt: skip
         if not callable(function):
             raise UserError(f"rule {rule!r} is no function; it takes a prompt and returns a student's number")
         return cls(students, rule, function)

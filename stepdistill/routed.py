@@ -30,6 +30,7 @@ from stepdistill.stock_files import loading_errors, reason
 STUDENTS_FILE = "students.json"
 FORMAT = 1
 NETWORKS = ("unet", "transformer")
+WITHOUT_ROWS = ("img_ids", "txt_ids")  # places of FLUX's tokens, of which all images of a batch have the same
 
 
 class RoutedNetwork(nn.Module):
@@ -45,6 +46,15 @@ class RoutedNetwork(nn.Module):
         self.networks = nn.ModuleList(networks)
         self.rows: tuple[int, ...] = ()
         self._select = select or (lambda number: self.networks[number])
+
+    def __getattr__(self, name: str) -> Any:
+        """What pipelines ask a network for beside its call, such as SDXL's `add_embedding`: the first student's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "networks":  # the last: asked for before it is there
+                raise
+            return getattr(self.networks[0], name)
 
     @property
     def config(self) -> Any:
@@ -73,7 +83,7 @@ class RoutedNetwork(nn.Module):
         output: Tensor | None = None
         for number in sorted(set(self.rows)):
             mine = (students == number).nonzero().flatten()
-            own, named = ([_rows(v, mine, count) for v in args], {k: _rows(v, mine, count) for k, v in kwargs.items()})
+            own, named = [_rows(value, mine, count) for value in args], _rows(kwargs, mine, count)
             part = self._select(number)(*own, **named, return_dict=False)[0]
             output = part.new_zeros((count, *part.shape[1:])) if output is None else output
             output[mine.to(part.device)] = part
@@ -84,7 +94,9 @@ class RoutedNetwork(nn.Module):
 
 
 def _rows(value: Any, mine: Tensor, count: int) -> Any:
-    """The student's rows of what has a row per sample; everything else as it is."""
+    """The student's rows of what has a row per sample, by itself or under a name; everything else as it is."""
+    if isinstance(value, Mapping):  # a call's arguments, and among them those that SDXL and PixArt add
+        return {name: part if name in WITHOUT_ROWS else _rows(part, mine, count) for name, part in value.items()}
     return value[mine.to(value.device)] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
 

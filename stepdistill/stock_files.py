@@ -42,8 +42,9 @@ def read_model_index(path: str, where: str = "teacher") -> dict[str, Any]:
         return _read_hub_index(path, where)
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"{where}: {path} has no model_index.json, so it is not a Diffusers pipeline folder; "
-                        "save one with pipeline.save_pretrained(...)")  # fmt: skip
+        exported = folder / "pipeline" / index.name  # of a run
+        remedy = f"give {exported.parent}" if exported.is_file() else "save one with pipeline.save_pretrained(...)"
+        raise UserError(f"{where}: {path} has no model_index.json, so it is not a Diffusers pipeline folder; {remedy}")
     try:
         content: Any = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

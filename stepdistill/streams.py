@@ -100,10 +100,12 @@ def open_batches(
 
     data = recipe.data
     needs = streams_of(recipe, objectives)
+    prompts = load_prompts(data.prompts, count=data.count)
+    if part is not None:
+        part.check_everyone(prompts)  # before pairs are made
     pairs = open_pairs(recipe, family, folder, display, part) if needs & {"pairs", "states"} else None
     if pairs is not None and "states" in needs:
         _ = pairs.pairs.num_states  # refuses pairs without them now, and not after prompts have been encoded
-    prompts = load_prompts(data.prompts, count=data.count)
     prompts = prompts if part is None else part.prompts(prompts)
     display.say(prompts.summary())
     conditions: Conditions = EncodedOnTheFly(family, prompts)

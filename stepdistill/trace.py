@@ -64,7 +64,13 @@ def decoded(pipeline: Any, latents: Tensor) -> Tensor:
         raise UserError(f"the latents of a {type(pipeline).__name__} cannot be decoded; --trace knows latents that "
                         "are pictures, and FLUX's packed ones of square images: leave it out")  # fmt: skip
     shift = vae.config.get("shift_factor") or 0.0
+    # Stable Diffusion XL's first autoencoder overflows in half precision; its pipeline decodes like this, too.
+    overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    if overflows:
+        vae.to(torch.float32)
     images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+    if overflows:
+        vae.to(torch.float16)
     return (images / 2 + 0.5).clamp(0, 1).float().cpu()
 
 

@@ -21,6 +21,7 @@ from stepdistill.bench.meter import Meter, metered, timed_parts
 from stepdistill.bench.rows import one_by_one, own_noise
 from stepdistill.errors import UserError, first_line
 from stepdistill.hybrid import HybridPipeline
+from stepdistill.labels import asked
 from stepdistill.routed import RoutedNetwork
 from stepdistill.seeds import own_randomness
 from stepdistill.stock_files import loading_errors, reason
@@ -132,8 +133,9 @@ def load_pipeline(model: ModelUnderTest, *, device: str = "cpu", bare: bool = Fa
         raise UserError(f"{model.name}: precision {model.precision!r} is unknown; choose from {', '.join(PRECISIONS)}")
     path, dtype = resolve_model_path(model.path), PRECISIONS[model.precision]
     pipeline = _opened(model, path, dtype)
-    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise UserError(f"{model.name}: {type(pipeline).__name__} takes no prompt; the benchmark needs text-to-image")
+    if not {"prompt", "class_labels"} & set(inspect.signature(pipeline.__call__).parameters):
+        raise UserError(f"{model.name}: {type(pipeline).__name__} takes neither a prompt nor a class; give a "
+                        "model that draws what it is told")  # fmt: skip
     check_size(pipeline, model.size_options, model.name)
     if model.lora is not None:
         _load_lora(pipeline, model)
@@ -260,7 +262,7 @@ class Painter:
         own = own_randomness(image_seed(self.seed, *jobs[0]), pipeline.device)
         with own, own_noise(pipeline.components["scheduler"], generators), rows:
             made: Tensor = pipeline(
-                [self.prompts[p] for p, _ in jobs], generator=generators, output_type="pt", **options
+                asked(pipeline, [self.prompts[p] for p, _ in jobs]), generator=generators, output_type="pt", **options
             ).images
         return made.float().cpu()
 

@@ -35,6 +35,16 @@ class Part:
         """As the log says it."""
         return f"student {self.number + 1} of {self.students}"
 
+    def check_everyone(self, prompts: PromptSet) -> None:
+        """Looks before this student is trained whether all others can be: with other prompts it would be another run.
+
+        Raises:
+            UserError: one of them has no prompts.
+        """
+        idle = set(range(self.students)) - set(self.route(prompts.prompts))
+        if idle:
+            raise UserError(_nobodys(prompts, f"student {min(idle) + 1} of {self.students}"))
+
     def prompts(self, prompts: PromptSet) -> PromptSet:
         """Those of the student, in their order, as often as they come.
 
@@ -44,8 +54,7 @@ class Part:
         kept = [text for text, number in zip(prompts.prompts, self.route(prompts.prompts), strict=True)
                 if number == self.number]  # fmt: skip
         if not kept:
-            raise UserError(f"{prompts.source}: none of the {len(prompts)} prompts belongs to {self.name}; give more "
-                            "prompts or fewer students")  # fmt: skip
+            raise UserError(_nobodys(prompts, self.name))
         dropped = {**prompts.dropped, "of other students": len(prompts) - len(kept)}
         return PromptSet(tuple(kept), prompts.source, dropped if self.students > 1 else prompts.dropped)
 
@@ -78,6 +87,11 @@ class Part:
             raise UserError(f"{pairs.folder}: none of the {len(pairs)} pairs belongs to {self.name}; make pairs of "
                             "more prompts (stepdistill data pairs), or have fewer students")  # fmt: skip
         return pairs.only(kept)
+
+
+def _nobodys(prompts: PromptSet, student: str) -> str:
+    return (f"{prompts.source}: none of the {len(prompts)} prompts belongs to {student}; give more prompts or fewer "
+            "students")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,16 +29,21 @@ class AttachedAdapter:
         network: a stock Diffusers network.
         adapter: made for its shape.
         guidance: see below.
+        doubled: whether the pipeline that calls the network now guides it in two passes of its own, which is said once
+            in a warning; None: nobody knows.
 
     Attributes:
         guidance: the scale of every network call, 1 = none: one number, or one for each row of the call; None lets
             the network be as it is. It may be set anew at any time.
     """
 
-    def __init__(self, network: nn.Module, adapter: GuidanceAdapter, guidance: Guidance | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, adapter: GuidanceAdapter, guidance: Guidance | None = None,
+        doubled: Callable[[], bool] | None = None,
+    ) -> None:  # fmt: skip
         self.network, self.adapter, self.guidance = network, adapter, guidance
-        self._wiring = wiring_of(network)
-        self._told: Told | None = None
+        self._wiring, self._doubled = wiring_of(network), doubled
+        self._source: Told | Callable[[], Told] | None = None
         self._undo = ExitStack()
 
     def install(self) -> AttachedAdapter:
@@ -52,7 +58,7 @@ class AttachedAdapter:
     def remove(self) -> None:
         """Takes the hooks off: the network then is what it was, bit by bit. Does nothing if they are off."""
         self._undo.close()
-        self._told = None
+        self._source = None
 
     def __enter__(self) -> AttachedAdapter:
         return self
@@ -67,7 +73,7 @@ class AttachedAdapter:
         try:
             yield
         finally:
-            self.guidance, self._told = before, None
+            self.guidance, self._source = before, None
 
     def capture(self) -> Callable[[], AbstractContextManager[None]]:
         """Remembers what the present network call is told => a context in which layers are told it again.
@@ -79,29 +85,52 @@ class AttachedAdapter:
 
     @contextmanager
     def _telling(self, told: Told | None) -> Iterator[None]:
-        before, self._told = self._told, told
+        before, self._source = self._source, told
         try:
             yield
         finally:
-            self._told = before
+            self._source = before
 
     def listen(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Before a network call: embeds its scale, time and prompt for all sites."""
-        self._told = None
+        self._source = None
         if self.guidance is None:
             return
-        inputs = self._wiring.inputs(self.network, args, kwargs)
-        self.adapter.to(inputs.embeddings[0].device)  # pipelines move, and do not know of it
-        scale = self._scale(inputs.rows)
-        self._told = self.adapter.tell(scale, inputs.embeddings, inputs.tokens, inputs.mask)
+        self._warn_of_two_passes()
+
+        def tell() -> Told:
+            inputs = self._wiring.inputs(self.network, args, kwargs)
+            self.adapter.to(inputs.embeddings[0].device)  # pipelines move, and do not know of it
+            return self.adapter.tell(self._scale(inputs.rows), inputs.embeddings, inputs.tokens, inputs.mask)
+
+        # Offloaded weights come to the device after this, so a pipeline's call is told at the first of its layers.
+        # With gradients it is told here: checkpointing has to find the same at every layer that it computes again.
+        self._source = tell() if torch.is_grad_enabled() else tell
+
+    @property
+    def _told(self) -> Told | None:
+        """What the present network call is told; None if it is to be as it was."""
+        if callable(self._source):
+            self._source = self._source()
+        return self._source
 
     def act(self, site: int, x: Tensor, output: Any) -> Any:
         """What an attention layer returns instead of its own output; x is what it was given, (B, N, C)."""
-        if self._told is None:
+        told = self._told
+        if told is None:
             return output
         if isinstance(output, tuple):  # joint attention: image tokens first, then those of the text
-            return output[0] + self.adapter.added(site, x, self._told), *output[1:]
-        return output + self.adapter.added(site, x, self._told)
+            return output[0] + self.adapter.added(site, x, told), *output[1:]
+        return output + self.adapter.added(site, x, told)
+
+    def _warn_of_two_passes(self) -> None:
+        at_one = not isinstance(self.guidance, Tensor | Sequence) and self.guidance == 1
+        if self._doubled is None or at_one or not self._doubled():
+            return
+        self._doubled = None
+        text = ("the pipeline guides in two passes, and a guidance adapter is at work as well, so images are guided "
+                "twice; call the pipeline with guidance_scale=1")  # fmt: skip
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _scale(self, rows: int) -> Tensor:
         device = self.adapter.scale.phases.device

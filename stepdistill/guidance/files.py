@@ -35,6 +35,8 @@ def build_adapter(network: nn.Module, settings: AdapterSettings, seed: int) -> G
         UserError: adapters are not made for this network.
     """
     device = next(network.parameters()).device
+    if device.type == "meta":  # weights that wait elsewhere until they are needed; the adapter follows the call
+        device = torch.device("cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = GuidanceAdapter(settings, wiring_of(network).shape(network))
@@ -91,7 +93,12 @@ def load_adapter(pipeline: Any, path: str | Path, *, guidance: Guidance | None =
         adapter.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"{file}: is damaged, its tensors are not those that its header names") from error
-    return AttachedAdapter(network, adapter, header["guidance"] if guidance is None else guidance).install()
+    scale = header["guidance"] if guidance is None else guidance
+
+    def doubled() -> bool:  # not all pipelines have the property; of those that do, it has no value before a call
+        return bool(getattr(pipeline, "do_classifier_free_guidance", False))
+
+    return AttachedAdapter(network, adapter, scale, doubled).install()
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

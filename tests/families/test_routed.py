@@ -61,10 +61,11 @@ def save_students(teacher: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(
-    tmp_path_factory: pytest.TempPathFactory, sd_folder: str, sd3_folder: str, dit_folder: str
-) -> dict[str, Path]:
+    tmp_path_factory: pytest.TempPathFactory, sd_folder: str, sd3_folder: str, dit_folder: str, sdxl_folder: str,
+    flux_folder: str,
+) -> dict[str, Path]:  # fmt: skip
     place = tmp_path_factory.mktemp("students")
-    teachers = {"sd": sd_folder, "sd3": sd3_folder, "dit": dit_folder}
+    teachers = {"sd": sd_folder, "sd3": sd3_folder, "dit": dit_folder, "sdxl": sdxl_folder, "flux": flux_folder}
     return {name: save_students(teacher, place / name) for name, teacher in teachers.items()}
 
 
@@ -87,7 +88,7 @@ def together(folder: Path, **options: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3", "dit"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "dit", "sdxl", "flux"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_every_prompt_gets_what_its_own_student_draws_alone(
     name: str, guidance: float, folders: dict[str, Path]
@@ -118,7 +119,7 @@ def test_one_prompt_may_be_a_plain_text(folders: dict[str, Path]) -> None:
     assert pipe.parts(["z", "a"]) == [1, 0]
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "sdxl", "flux"])
 def test_adapters_on_one_network_draw_the_same(name: str, folders: dict[str, Path], request) -> None:
     base = request.getfixturevalue(f"{name}_folder")
     adapters, networks = together(folders[name], base=base), together(folders[name])
@@ -200,3 +201,15 @@ def test_unfinished_and_foreign_folders_are_told(folders: dict[str, Path], tmp_p
         (copied / "students.json").write_text(json.dumps({"students": names}))
         with pytest.raises(UserError, match=reason):
             load_students(copied, rule=RULE)
+
+
+def test_places_of_tokens_are_no_rows_and_added_conditions_are() -> None:
+    class Student(nn.Module):
+        def forward(self, hidden_states: Tensor, img_ids: Tensor, added: dict[str, Any], return_dict: bool) -> Any:
+            return (hidden_states + added["sizes"] + img_ids.sum(),)
+
+    network = RoutedNetwork([Student(), Student()])
+    network.rows = (0, 1, 0, 0)
+    x, ids, sizes = torch.zeros(4, 1), torch.ones(4, 3), torch.arange(4.0)[:, None]
+    said = network(hidden_states=x, img_ids=ids, added={"sizes": sizes, "aspect": None}, return_dict=False)[0]
+    assert torch.equal(said, sizes + 12), "four tokens in a batch of four images, and a size for each"

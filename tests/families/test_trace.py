@@ -17,6 +17,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    StableDiffusionXLPipeline,
     TCDScheduler,
 )
 from PIL import Image, ImageChops
@@ -118,6 +119,18 @@ def test_watching_changes_nothing_and_the_last_prediction_is_the_image(
     torch.testing.assert_close(steps[-1].permute(0, 2, 3, 1), plain, rtol=0, atol=2e-4)
     for first, second in pairwise(steps):
         assert (first - second).abs().max() > 1e-3, "every step says something else"
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_an_autoencoder_that_overflows_in_half_precision_decodes_in_full(sdxl_folder: str, force: bool) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
+    vae = pipeline.vae.to(torch.float16)
+    vae.register_to_config(force_upcast=force)
+    seen: list[torch.dtype] = []
+    vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    decoded(pipeline, torch.zeros(1, 4, 4, 4, dtype=torch.float16))
+    assert seen == [torch.float32 if force else torch.float16]
+    assert vae.dtype == torch.float16
 
 
 def test_packed_latents_of_no_square_are_refused(flux_folder: str) -> None:

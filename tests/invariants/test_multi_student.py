@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,41 @@ def test_students_see_their_own_prompts_only_and_a_finished_one_is_never_trained
     assert seen[0] | seen[1] == set(PROMPTS), "6 updates with 2 prompts each: an epoch of 12"
     train(recipe)
     assert len(seen) == 2, "nothing is left to do"
+
+
+def test_a_student_that_was_stopped_while_it_was_exported_is_exported_again_and_not_trained(
+    sd_folder: str, tmp_path: Path, seen: list[set[str]]
+) -> None:
+    recipe, run = several(sd_folder, tmp_path / "run", export={"lora": True}), tmp_path / "run" / "student-1"
+    train(recipe)
+    before, exported = weights(run), sorted(file.name for file in (run / "lora").iterdir())
+    shutil.rmtree(run / "lora")
+    (run / "README.md").unlink()
+    train(recipe)
+    assert len(seen) == 2, "no student was trained again"
+    assert all(torch.equal(before[key], value) for key, value in weights(run).items())
+    assert sorted(file.name for file in (run / "lora").iterdir()) == exported
+
+
+def test_students_that_could_not_all_be_trained_are_refused_before_the_first(
+    dit_folder: str, tmp_path: Path, seen: list[set[str]]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("1\n2\n3\n")  # all of the first half of the classes
+    recipe = several(
+        dit_folder, tmp_path / "run", data={"prompts": str(tmp_path / "prompts.txt")},
+        multi_student={"students": 2, "by": "classes"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="none of the 3 prompts belongs to student 2 of 2"):
+        train(recipe)
+    assert seen == []
+
+
+def test_a_partition_for_another_number_of_students_is_refused(sd_folder: str, tmp_path: Path) -> None:
+    rows = torch.eye(3, dtype=torch.float64).numpy()
+    (tmp_path / "apart").mkdir()
+    save_partition(ByCluster(rows, rows[0]), tmp_path / "apart")
+    with pytest.raises(UserError, match=r"among 3 students, the recipe among 2; .*multi_student.students=3"):
+        train(part_of(several(sd_folder, tmp_path / "run"), 0, tmp_path / "apart"))
 
 
 def test_students_trained_apart_are_those_trained_one_after_another(sd_folder: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from stepdistill import finish
+from stepdistill.adapters import copy_into
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
 from stepdistill.objectives.base import Frozen, Role, Trained
@@ -74,6 +75,16 @@ def test_a_stage_may_start_from_the_teacher_or_from_a_folder(sd_folder: str, tmp
     for role in ("student", "critic"):
         for name, tensor in folder.load_roles(1)[role].tensors.items():
             torch.testing.assert_close(tensor, teacher[name], rtol=0, atol=1e-6)
+
+
+def test_a_start_that_does_not_fit_says_what_would(sd_folder: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(sd_folder, run / "pipeline")
+    with pytest.raises(UserError, match=rf"starts\.student: .* no model_index\.json, .*; give {run / 'pipeline'}$"):
+        play(sd_folder, tmp_path / "next", [stage("full", 1e-3, starts={"student": str(run)})])
+    parameters = {"weight": torch.zeros(2)}
+    with pytest.raises(UserError, match=r"other targets or another student\.shape\?$"):
+        copy_into(parameters, {"weight": torch.zeros(1)}, "the start of role 'student'")
 
 
 def test_stages_with_different_weights_are_refused_with_a_remedy(sd_folder: str, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill import load_adapter
 from stepdistill.adapters import LoraSettings, SharedNetwork
@@ -76,8 +78,10 @@ def image(pipeline: Any, prompt: Any = "red", **options: Any) -> Tensor:
     torch.manual_seed(0)
     if type(pipeline).__name__ == "FluxPipeline":
         options = {"height": 16, "width": 16, **options}
-    made = pipeline(prompt, num_inference_steps=2, guidance_scale=1, output_type="np",
-                    generator=torch.Generator().manual_seed(0), **options)  # fmt: skip
+    options = {"guidance_scale": 1, **options}
+    made = pipeline(
+        prompt, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0), **options
+    )
     return torch.from_numpy(made.images)
 
 
@@ -287,6 +291,37 @@ def test_it_goes_with_a_lora_and_each_is_taken_off_alone(sd: ModelFamily, file: 
     pipe.register_modules(unet=merged)
     with load_adapter(pipe, file, guidance=4.0):
         torch.testing.assert_close(image(pipe), both, rtol=0, atol=1e-4)
+
+
+def test_it_goes_beside_weights_that_wait_elsewhere(sd: ModelFamily, file: Path) -> None:
+    with load_adapter(sd.pipeline, file, guidance=4.0):
+        wanted = image(sd.pipeline)
+    cpu_offload(sd.network(), execution_device=torch.device("cpu"))  # weights lie on "meta" between calls
+    with load_adapter(sd.pipeline, file, guidance=4.0):
+        assert torch.equal(image(sd.pipeline), wanted)
+    remove_hook_from_module(sd.network(), recurse=True)
+
+    class Elsewhere(ModelHook):
+        """Weights that cannot compute with their inputs before the network's own forward pass has begun."""
+
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            module.float()
+            return args, kwargs
+
+    with load_adapter(sd.pipeline, file, guidance=4.0):
+        add_hook_to_module(sd.network().double(), Elsewhere())
+        assert torch.equal(image(sd.pipeline), wanted)
+
+
+def test_guidance_in_two_passes_on_top_is_warned_of_once(sd: ModelFamily, file: Path) -> None:
+    with load_adapter(sd.pipeline, file, guidance=4.0) as adapter:
+        image(sd.pipeline)
+        adapter.guidance = 1.0
+        image(sd.pipeline, guidance_scale=3)
+        adapter.guidance = 4.0
+        with pytest.warns(RuntimeWarning, match="guided twice; call the pipeline with guidance_scale=1"):
+            image(sd.pipeline, guidance_scale=3)
+        image(sd.pipeline, guidance_scale=3)
 
 
 def test_two_at_once_are_refused(sd: ModelFamily, file: Path) -> None:

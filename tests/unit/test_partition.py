@@ -154,8 +154,16 @@ def test_a_rule_decides_and_is_held_to_its_range() -> None:
     with pytest.raises(UserError, match="gives prompt 'a' to student 2; it has to return a number from 0 to 1"):
         ByRule.named(RULE.replace("by_length", "out_of_range"), 2).parts(["a"], Points(np.zeros((0, 1))))
     for name in ("no_such_module:f", f"{RULE}th", "plain"):
-        with pytest.raises(UserError, match="could not be imported"):
+        with pytest.raises(UserError, match=r"could not be imported.*PYTHONPATH="):
             ByRule.named(name, 2)
+
+
+def test_a_rule_may_count_with_numpy_and_says_at_which_prompt_it_fails() -> None:
+    counted = ByRule(2, "my:rule", lambda prompt: np.int64(len(prompt) - 1))
+    parts = counted.parts(["a", "ab"], Points(np.zeros((0, 1))))
+    assert parts == [0, 1] and {type(number) for number in parts} == {int}
+    with pytest.raises(UserError, match=r"my:rule fails at prompt 'b' \(KeyError\('b'\)\)"):
+        ByRule(2, "my:rule", lambda prompt: {"a": 0}[prompt]).parts(["a", "b"], Points(np.zeros((0, 1))))
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,12 @@ def test_prompts_are_divided_without_rest_in_their_order_and_as_often_as_they_co
     assert RED.prompts(PROMPTS).summary() == "3 prompts from somewhere (left out: 1 blank, 1 of other students)"
 
 
+def test_a_student_without_prompts_is_found_before_the_first_is_trained() -> None:
+    with pytest.raises(UserError, match="none of the 4 prompts belongs to student 3 of 3; give more prompts or fewer"):
+        RED.check_everyone(PROMPTS)
+    Part(0, 2, by_colour).check_everyone(PROMPTS)
+
+
 def test_the_only_student_has_the_very_same_prompts() -> None:
     alone = Part(0, 1, lambda prompts: [0] * len(prompts)).prompts(PROMPTS)
     assert alone == PROMPTS
