@@ -103,7 +103,7 @@ def passes_per_iteration(recipe: Recipe, folder: Path) -> list[int]:
     """
     from stepdistill.families import load_family
 
-    kind = type(load_family(recipe.resolved().teacher).network())
+    kind = type(load_family(recipe.teacher).network())
 
     def spent(stages: Sequence[StageConfig]) -> int:
         export = recipe.export.model_copy(update={"pipeline": False, "lora": False})

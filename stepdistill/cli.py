@@ -134,8 +134,9 @@ def train(
 def _checked(recipe: Recipe) -> Recipe:
     """The recipe with all defaults; raises UserError for what it asks for and cannot have, wherever it is run."""
     from stepdistill.stages import build_objectives, check_stages
+    from stepdistill.teacher_kind import resolve
 
-    resolved = recipe.resolved()
+    resolved = resolve(recipe)
     check_stages(resolved, build_objectives(resolved))
     return resolved
 

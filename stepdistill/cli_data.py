@@ -105,10 +105,11 @@ def _pair_job(source: str, options: Sequence[str], prompts: str | None) -> _Pair
     from stepdistill.data.prompts import SHAPES_SOURCE, load_prompts
     from stepdistill.options import build_dataclass
     from stepdistill.resources.apply import loading_types
+    from stepdistill.teacher_kind import for_teacher
 
     given = _read_options(options)
     recipe = recipe_of(source)
-    recipe = recipe and recipe.for_teacher()
+    recipe = recipe and for_teacher(recipe)
     known = {} if recipe is None else recipe.pair_options()
     settings: PairSettings = build_dataclass(PairSettings, {**known, **given}, "pairs")
     if prompts is not None:

@@ -77,9 +77,10 @@ def cache(
     from stepdistill.resources.apply import loading_types
     from stepdistill.stages import build_objectives
     from stepdistill.streams import prepare
+    from stepdistill.teacher_kind import resolve
 
     hide_loading_bars()
-    recipe = Recipe.load(source, overrides or []).resolved()
+    recipe = resolve(Recipe.load(source, overrides or []))
     objectives = build_objectives(recipe)
     folder = output or Path(recipe.data.cache_folder or CACHE_FOLDER)
     display = Display(None if quiet else open_console())

@@ -130,17 +130,6 @@ class Recipe(Section):
         """The place of a key, as error messages name it: ``recipes/x.yaml: stages.0.objective``."""
         return f"{self._source}: {key}"
 
-    def for_teacher(self) -> Self:
-        """The recipe for the teacher that it names; of the teacher, at most the scheduler's configuration is read."""
-        if not self.with_flow_teacher:
-            return self
-        from stepdistill.families import FAMILIES
-        from stepdistill.families.loading import load_scheduler_config
-        from stepdistill.schedule import flow_schedule
-
-        config = load_scheduler_config(self.teacher, FAMILIES, self.teacher_config)
-        return self.for_flow() if flow_schedule(config) else self.model_copy(update={"with_flow_teacher": None})
-
     def for_flow(self) -> Self:
         """The recipe for a flow-matching teacher: with what it says of one, except where a command says otherwise."""
         content = {**self.model_dump(mode="json"), "with_flow_teacher": None}
@@ -152,10 +141,9 @@ class Recipe(Section):
         return recipe
 
     def resolved(self) -> Self:
-        """The same recipe for its teacher, with the objectives' own defaults; checks their options (imports torch)."""
-        recipe = self.for_teacher()
-        content = recipe.model_dump(mode="json")
-        for index, stage in enumerate(recipe.stages):
+        """The same recipe with the objectives' own defaults written out; checks their options (imports torch)."""
+        content = self.model_dump(mode="json")
+        for index, stage in enumerate(self.stages):
             objective = build_objective(stage.objective, self.where(f"stages.{index}.objective"))
             content["stages"][index]["objective"] = {"name": stage.objective.name, **plain_options(objective)}
         return self.from_mapping(content, source=self._source)

@@ -17,6 +17,7 @@ from stepdistill.errors import UserError
 from stepdistill.run_folder import STAGE, RunFolder
 from stepdistill.stages import build_objectives, check_recipe, lora_settings, optimizer_options
 from stepdistill.streams import all_phases, open_batches
+from stepdistill.teacher_kind import resolve
 
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def train(recipe: Recipe, *, resume: bool | None = None, console: Console | None
         UserError: the recipe does not fit the teacher, the folder holds another run, the disk is full ...
         Interrupted: after SIGINT or SIGTERM; the same command goes on from the checkpoint.
     """
-    recipe = recipe.resolved()
+    recipe = resolve(recipe)
     if recipe.multi_student is not None and recipe.multi_student.part is None:
         from stepdistill.multi_student import train_students
 

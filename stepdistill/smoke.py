@@ -61,9 +61,11 @@ def smoke_recipe(recipe: Recipe, folder: Path) -> Recipe:
     Raises:
         UserError: as `run_smoke`.
     """
+    from stepdistill.teacher_kind import for_teacher
+
     name = family_of(recipe)
     recipe = recipe.model_copy(update={"teacher": TINY + name, "teacher_config": None, "teacher_loras": ()})
-    recipe = recipe.for_teacher()
+    recipe = for_teacher(recipe)
     content = recipe.model_dump(mode="json")
     content |= {"output": str(folder / "run"), "bench": None, "checkpoints": {"every": 1, "keep": 1}}
     content["data"] |= _small_data(recipe, name == "dit", folder)

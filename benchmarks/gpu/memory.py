@@ -139,8 +139,9 @@ def trainer_of(recipe: Any) -> tuple[Any, Any]:
     from stepdistill.run import _Run
     from stepdistill.run_folder import RunFolder
     from stepdistill.streams import open_batches
+    from stepdistill.teacher_kind import resolve
 
-    recipe = recipe.resolved()
+    recipe = resolve(recipe)
     folder = RunFolder(Path(recipe.output), keep=1)
     run = _Run(recipe, folder, Display(None), open_accelerator(recipe))
     run.batches = open_batches(recipe, run.objectives, run.family, folder, accelerator=run.accelerator,

@@ -167,8 +167,9 @@ def plan(
     """
     from stepdistill.processes.launch import check_divided, shares
     from stepdistill.resources.apply import check_precision
+    from stepdistill.teacher_kind import resolve
 
-    recipe = recipe.resolved()
+    recipe = resolve(recipe)
     check_precision(recipe)
     if shard:
         check_divided(recipe)

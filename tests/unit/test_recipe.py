@@ -16,6 +16,7 @@ from stepdistill.options import build_dataclass
 from stepdistill.recipe import Recipe, build_objective, bundled_recipes, optimizer_class
 from stepdistill.recipe_sections import ObjectiveConfig, OptimizerConfig, PlayerConfig
 from stepdistill.recipe_text import parse_yaml
+from stepdistill.teacher_kind import resolve
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,13 +280,13 @@ with_flow_teacher:
 
 def test_what_is_said_of_a_flow_teacher_counts_with_one_alone_and_less_than_the_command(write: Any) -> None:
     def guidance(*overrides: str) -> Any:
-        recipe = load(write(FLOW), *overrides).resolved()
+        recipe = resolve(load(write(FLOW), *overrides))
         assert recipe.with_flow_teacher is None, "settled, so that a run's record says what was run"
         return recipe.stages[0].objective.options["guidance"], recipe.data.count, recipe.source
 
     source = load(write(FLOW)).source
-    plain = load(write(MINIMAL), "teacher=tiny:sd").resolved()
-    assert load(write(FLOW), "teacher=tiny:sd").resolved().sha256 == plain.sha256
+    plain = resolve(load(write(MINIMAL), "teacher=tiny:sd"))
+    assert resolve(load(write(FLOW), "teacher=tiny:sd")).sha256 == plain.sha256
     assert guidance("teacher=tiny:sd") == (3.0, plain.data.count, source)
     assert guidance("teacher=tiny:sd3") == (5.0, 7, source)
     assert guidance("teacher=tiny:sd3", "stages.0.objective.guidance=2.0") == (2.0, 7, source)
@@ -299,13 +300,13 @@ def test_the_kind_of_a_stored_teacher_is_read_from_its_scheduler(write: Any, tmp
         (folder / "scheduler").mkdir(parents=True)
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
         (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": kind}))
-        return load(write(FLOW), f"teacher={folder}").resolved().data.count
+        return resolve(load(write(FLOW), f"teacher={folder}")).data.count
 
     assert count("FlowMatchEulerDiscreteScheduler") == 7
     assert count("DDIMScheduler") != 7
     (tmp_path / "DDIMScheduler/scheduler/scheduler_config.json").write_text("{")
     with pytest.raises(UserError, match=r"scheduler_config\.json is damaged"):
-        load(write(FLOW), f"teacher={tmp_path / 'DDIMScheduler'}").resolved()
+        resolve(load(write(FLOW), f"teacher={tmp_path / 'DDIMScheduler'}"))
 
 
 @pytest.mark.parametrize(
