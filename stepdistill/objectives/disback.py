@@ -27,6 +27,7 @@ from stepdistill.objectives.base import (
     Step,
     Trained,
 )
+from stepdistill.objectives.checks import check_share
 from stepdistill.objectives.matching import critic_denoising, rollout
 from stepdistill.options import OBJECTIVE
 
@@ -67,6 +68,7 @@ class DisBack:
     def __post_init__(self) -> None:
         if self.nodes < 0 or self.node_steps < 1 or self.interval < 1:
             raise UserError("nodes must be at least 0, node_steps and interval at least 1")
+        check_share("condition_dropout", self.condition_dropout)
         roles = self.base.roles()
         lacking = [name for name, kind in NEEDED.items() if not isinstance(roles.get(name), kind)]
         if lacking or TARGET in roles or self.base.inference() is None:
