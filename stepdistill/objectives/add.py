@@ -18,6 +18,7 @@ from stepdistill.discriminator import discriminator_loss, generator_loss
 from stepdistill.errors import UserError
 from stepdistill.losses import AddWeighting, add_weight, value_with_gradient, weighted_mse
 from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.checks import check_times
 from stepdistill.objectives.inputs import draw_times, few_step_input
 from stepdistill.prediction import add_noise
 from stepdistill.times import grid, uniform_times
@@ -67,6 +68,7 @@ class ADD:
     discriminator_updates: int = 1
 
     def __post_init__(self) -> None:
+        check_times(self.t_min, self.t_max)
         if self.discriminator_updates < 1 or self.r1_weight < 0 or self.distill_weight < 0:
             raise UserError("discriminator_updates must be at least 1, r1_weight and distill_weight at least 0")
 

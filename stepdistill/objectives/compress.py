@@ -17,6 +17,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.losses import min_snr_weight, weighted_mse
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.checks import check_share, check_times
 from stepdistill.prediction import Levels, add_noise, native_target
 from stepdistill.times import uniform_times
 
@@ -58,6 +59,8 @@ class Compress:
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
+        check_times(self.t_min, self.t_max)
+        check_share("condition_dropout", self.condition_dropout)
         weights = [getattr(self, f"{name}_weight") for name in WEIGHTS]
         if min(weights) < 0 or max(weights) == 0:
             named = ", ".join(f"{name}_weight {weight:g}" for name, weight in zip(WEIGHTS, weights, strict=True))

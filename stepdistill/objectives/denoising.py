@@ -12,6 +12,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.losses import min_snr_weight, weighted_mse
 from stepdistill.objectives.base import Batch, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.checks import check_share, check_times
 from stepdistill.prediction import Levels, add_noise, native_target
 from stepdistill.schedule import NoiseSchedule
 from stepdistill.times import log_noise_times, uniform_times
@@ -46,6 +47,8 @@ class Denoising:
     std: float = 1.0
 
     def __post_init__(self) -> None:
+        check_times(self.t_min, self.t_max)
+        check_share("condition_dropout", self.condition_dropout)
         if not self.std > 0:
             raise UserError(f"std is {self.std}; it must be above 0, and 1 is usual")
 

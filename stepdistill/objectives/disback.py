@@ -20,6 +20,7 @@ from stepdistill.objectives.base import (
     Frozen,
     InferenceSpec,
     Loss,
+    NeedsSchedule,
     Objective,
     Phase,
     Recorded,
@@ -27,12 +28,14 @@ from stepdistill.objectives.base import (
     Step,
     Trained,
 )
+from stepdistill.objectives.checks import check_share
 from stepdistill.objectives.matching import critic_denoising, rollout
 from stepdistill.options import OBJECTIVE
 
 
 if TYPE_CHECKING:
     from stepdistill.cast import Cast
+    from stepdistill.schedule import NoiseSchedule
 
 
 TARGET = "target"
@@ -40,7 +43,7 @@ NEEDED: Mapping[str, type] = {"teacher": Frozen, "critic": Trained, "student": T
 
 
 @dataclass(frozen=True)
-class DisBack:
+class DisBack(NeedsSchedule):
     """Wraps a game of teacher, critic and student: its teacher is at first one that has become like the student.
 
     Iterations 0 to nodes * node_steps record: the critic, a copy of the teacher, learns the samples of the untouched
@@ -67,11 +70,17 @@ class DisBack:
     def __post_init__(self) -> None:
         if self.nodes < 0 or self.node_steps < 1 or self.interval < 1:
             raise UserError("nodes must be at least 0, node_steps and interval at least 1")
+        check_share("condition_dropout", self.condition_dropout)
         roles = self.base.roles()
         lacking = [name for name, kind in NEEDED.items() if not isinstance(roles.get(name), kind)]
-        if lacking or TARGET in roles or self.base.inference() is None:
+        spec = self.base.inference()
+        if lacking or TARGET in roles or spec is None or spec.sampler == "own":
             raise UserError(f"base must be a game of a frozen teacher, a trained critic and a few-step student, and "
                             f"have no role {TARGET!r}, such as dmd2; this one has {', '.join(roles)}")  # fmt: skip
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        if isinstance(self.base, NeedsSchedule):
+            self.base.check_schedule(schedule)
 
     @property
     def recording(self) -> int:

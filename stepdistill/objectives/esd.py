@@ -14,6 +14,7 @@ import torch
 from stepdistill.errors import UserError
 from stepdistill.losses import VsdWeighting, pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.checks import check_times
 from stepdistill.objectives.matching import Guidance, draw_guidance, renoise, rollout
 from stepdistill.objectives.vsd import VSD
 from stepdistill.times import LogNoise
@@ -55,6 +56,8 @@ class ESD:
     def __post_init__(self) -> None:
         if not 0 <= self.entropy <= 1:
             raise UserError(f"entropy is a share of the critic's unconditional score, from 0 to 1, not {self.entropy}")
+        check_times(self.t_min, self.t_max)
+        _ = self.base  # checks the options that the critic's game has too
 
     @property
     def base(self) -> VSD:

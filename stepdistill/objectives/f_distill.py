@@ -81,6 +81,9 @@ class FDistill:
             raise UserError(f"bins must be at least 1, got {self.bins}; to go without, set normalize_ratio: false")
         if not 0 <= self.bin_decay < 1:
             raise UserError(f"bin_decay must be at least 0 and below 1, got {self.bin_decay}")
+        if self.discriminator_weight == 0:
+            raise UserError("discriminator_weight must be positive: the ratio of a discriminator that does not learn "
+                            "says nothing; for matching without ratios take dmd2")  # fmt: skip
         assert self.dmd2.adversarial, "there is no ratio without a discriminator"  # and DMD2 checks its own options
 
     @property

@@ -18,6 +18,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses import SidWeighting, sid_critic_loss, sid_loss, sid_weight, value_with_gradient
 from stepdistill.objectives.adversarial import Adversary
 from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.checks import check_share, check_times, check_updates
 from stepdistill.objectives.matching import Guidance, draw_guidance, rollout
 from stepdistill.prediction import add_noise
 from stepdistill.sampling import Sampler
@@ -75,6 +76,12 @@ class SiD:
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_times(self.t_min, self.t_max)
+        check_updates("critic_updates", self.critic_updates)
+        check_share("condition_dropout", self.condition_dropout)
+        for name in ("gan_weight", "discriminator_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}; 0 switches the term off")
         trained, *used = self.critic_scales
         away = [scale for scale in used if scale]
         if trained == 0 and away:

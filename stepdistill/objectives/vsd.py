@@ -13,6 +13,7 @@ import torch
 
 from stepdistill.losses import VsdWeighting, pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.checks import check_share, check_times, check_updates
 from stepdistill.objectives.matching import Guidance, critic_denoising, draw_guidance, renoise, rollout
 from stepdistill.objectives.negatives import Pool, steered_student
 from stepdistill.times import LogNoise
@@ -54,6 +55,11 @@ class VSD:
     weighting: VsdWeighting = "sigma_squared"
     negatives: Pool = ()
     nasa: Guidance = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_times(self.t_min, self.t_max)
+        check_updates("critic_updates", self.critic_updates)
+        check_share("condition_dropout", self.condition_dropout)
 
     def roles(self) -> Mapping[str, Role]:
         return {"teacher": Frozen(), "critic": Trained(), "student": Trained()}

@@ -40,6 +40,7 @@ class Part:
         return self.label or name_of(type(self.objective)).rpartition(":")[2]
 
 
+LATE = 10**9  # an iteration when no part warms up any more: phases that come later have to fit too
 Turn = list[tuple[Part, Phase]]  # one phase of the sum: the parts that take part, and the phase of each
 
 
@@ -71,7 +72,8 @@ class WeightedSum(NeedsSchedule):
             raise UserError(f"called_as {self.called_as!r} is no part; the parts are {', '.join(names)}")
         # What does not fit together is told before anything is loaded.
         self.roles()
-        self.phases(0)
+        for step in (0, LATE):
+            self.phases(step)
         self.inference()
 
     def check_schedule(self, schedule: NoiseSchedule) -> None:

@@ -19,6 +19,7 @@ from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phas
 from stepdistill.objectives.clip import Clip
 from stepdistill.objectives.denoising import Denoising
 from stepdistill.objectives.disback import DisBack
+from stepdistill.objectives.dmd import DMD
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.objectives.vsd import VSD
 from stepdistill.objectives.weighted_sum import Part, WeightedSum
@@ -213,6 +214,13 @@ def test_a_part_whose_phases_end_leaves_the_others_alone() -> None:
 def test_parts_that_do_not_fit_are_refused_before_anything_is_loaded(games: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message):
         sum_of(*games)
+
+
+def test_parts_whose_later_phases_do_not_fit_are_refused_at_once_too() -> None:
+    paired = Part(DMD(critic_lead=10))
+    adversary = Part(DMD2(critic_lead=10, gan_weight=1e-3, gan_loss="relativistic"))
+    with pytest.raises(UserError, match="train student together on different data"):
+        WeightedSum((paired, adversary))
 
 
 def test_two_parts_of_one_name_need_labels() -> None:

@@ -21,7 +21,18 @@ from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser, OwnWeights
 from stepdistill.errors import UserError
 from stepdistill.families import load_family
-from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Recorded, Role, Step, Trained
+from stepdistill.objectives.base import (
+    Batch,
+    Frozen,
+    InferenceSpec,
+    Loss,
+    NeedsSchedule,
+    Phase,
+    Recorded,
+    Role,
+    Step,
+    Trained,
+)
 from stepdistill.objectives.denoising import Denoising
 from stepdistill.objectives.disback import DisBack
 from stepdistill.objectives.dmd2 import DMD2
@@ -30,6 +41,7 @@ from stepdistill.objectives.sid import SiD
 from stepdistill.prediction import Levels, add_noise
 from stepdistill.recipe import Recipe
 from stepdistill.run import train
+from stepdistill.schedule import FlowSchedule, NoiseSchedule
 from tests.oracles.oracle import SCHEDULE, Linear
 from tests.tiny import LORA, PaintedLatents, tiny_recipe, trainer_of, weights_of
 
@@ -279,6 +291,31 @@ def test_a_discriminator_keeps_the_teachers_features_whoever_is_the_target(
 def test_what_cannot_be_wrapped_is_refused(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         DisBack(**options)
+
+
+@dataclass(frozen=True)
+class Particular(NeedsSchedule, DMD2):
+    """A game that goes with no schedule, or is called by the teacher's own scheduler."""
+
+    own: bool = False
+
+    def check_schedule(self, schedule: NoiseSchedule) -> None:
+        raise UserError("not with this teacher")
+
+    def inference(self) -> InferenceSpec:
+        return InferenceSpec((999,), "own") if self.own else super().inference()
+
+
+def test_what_the_wrapped_game_asks_of_the_schedule_is_asked_too() -> None:
+    schedule = FlowSchedule(1.0)
+    DisBack(DMD2()).check_schedule(schedule)
+    with pytest.raises(UserError, match="not with this teacher"):
+        DisBack(Particular()).check_schedule(schedule)
+
+
+def test_a_game_whose_student_keeps_the_teachers_scheduler_is_refused() -> None:
+    with pytest.raises(UserError, match="a few-step student"):
+        DisBack(Particular(own=True))
 
 
 @pytest.mark.parametrize("lora", [{}, {"student": LORA, "critic": LORA}], ids=["full", "lora"])
