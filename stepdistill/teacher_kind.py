@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from stepdistill.families import FAMILIES
 from stepdistill.families.loading import load_scheduler_config
-from stepdistill.schedule import flow_schedule
 
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ def for_teacher(recipe: Recipe) -> Recipe:
     """
     if not recipe.with_flow_teacher:
         return recipe
+    from stepdistill.schedule import flow_schedule  # takes torch, which a recipe without such keys needs not
+
     config = load_scheduler_config(recipe.teacher, FAMILIES, recipe.teacher_config)
     return recipe.for_flow() if flow_schedule(config) else recipe.model_copy(update={"with_flow_teacher": None})
 
