@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stepdistill.condition import Condition
 from stepdistill.denoiser import split
-from stepdistill.objectives.base import InferenceSpec, Objective, Trained
+from stepdistill.objectives.base import InferenceSpec, Objective, Trained, critic_scale_of
 from stepdistill.prediction import Prediction, add_noise, native_target
 from stepdistill.sampling import ddim, student_samples
 from stepdistill.seeds import own_randomness
@@ -231,6 +231,7 @@ class Monitor:
         settings: how often, and the limits.
         has_critic: whether the game trains one.
         guidance: the teacher's guidance scale.
+        critic_scale: that at which the critic knows the student, see `GuidesCritic`.
         rows: at most so many samples go through a network at once.
         agree: makes several processes' numbers the same, so that all of them stop or none does.
         best: the best of every measure so far; all that a resumed run has to be told.
@@ -246,6 +247,7 @@ class Monitor:
     settings: HealthSettings
     has_critic: bool = True
     guidance: float = 3.0
+    critic_scale: float = 1.0
     rows: int = 8
     agree: Callable[[Tensor], Tensor] = lambda values: values
     best: dict[str, float] = field(default_factory=dict, init=False)
@@ -266,7 +268,8 @@ class Monitor:
         chosen = prompts[: settings.prompts]
         probe = make_probe(cast.family, chosen, samples=settings.samples, seed=settings.seed, size=size)
         has_critic = isinstance(roles.get("critic"), Trained)
-        return cls(cast, cast.family, probe, spec, settings, has_critic, **options)
+        scale = critic_scale_of(objective)
+        return cls(cast, cast.family, probe, spec, settings, has_critic, critic_scale=scale, **options)
 
     def begin(self) -> None:
         """Measures the teacher, and the student as it starts unless `load_state` told what the run has shown."""
@@ -357,7 +360,7 @@ class Monitor:
         # With and without the prompt in one call: the error is the plain teacher's, the direction the guided one's.
         both = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), Condition.cat([part.condition, part.null]))
         real, without = split(both, len(x_t))
-        fake = critic(x_t, t, part.condition)
+        fake = critic.guided(x_t, t, part.condition, part.null, self.critic_scale)
         gap = (fake.x0 - real.guide(without, self.guidance).x0).square().flatten(1).mean(1)
         return torch.stack([denoising_error(fake, x0, part.eps), denoising_error(real, x0, part.eps), gap])
 

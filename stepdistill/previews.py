@@ -33,6 +33,7 @@ class Previews:
         seed: of the noise, the same for all rows and grids.
         teacher_steps: DDIM steps of the teacher's row.
         guidance: the teacher's guidance scale.
+        critic_scale: that at which the critic knows the student.
         size: pixel size, None for the teacher's own.
         rows: at most so many samples at once, as in training; None: all.
         triptych_level: how far the student's samples are noised for teacher and critic, 0 to 1.
@@ -45,6 +46,7 @@ class Previews:
     seed: int = 0
     teacher_steps: int = 25
     guidance: float = 3.0
+    critic_scale: float = 1.0
     size: int | None = None
     rows: int | None = None
     triptych_level: float = 0.6
@@ -115,7 +117,7 @@ class Previews:
             condition = self.family.encode_prompts(self.prompts[part])
             null = self.family.null_condition(len(self.prompts[part]))
             seen.append(teacher.guided(x_t[part], t[part], condition, null, self.guidance).x0)
-            drawn.append(critic(x_t[part], t[part], condition).x0)
+            drawn.append(critic.guided(x_t[part], t[part], condition, null, self.critic_scale).x0)
         guesses = {"teacher's x0": torch.cat(seen), "critic's x0": torch.cat(drawn)}
         return {name: self._decode(guess) for name, guess in guesses.items()}
 

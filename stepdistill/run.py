@@ -250,7 +250,7 @@ class _Run:
         from stepdistill.watching import open_previews, view_of
 
         config, draws = self.recipe.previews, self.accelerator.is_main_process or cast.divided
-        previews = open_previews(self.recipe, self.family, objective.inference(), self.folder, self.part,
+        previews = open_previews(self.recipe, self.family, objective, self.folder, self.part,
                                  self.recipe.stages[stage].batch_size)  # fmt: skip
         if previews is not None and not self.accelerator.is_main_process:
             previews.folder = None

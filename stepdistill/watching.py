@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from stepdistill.data.prompts import load_prompts
 from stepdistill.health import HealthSettings, Monitor
-from stepdistill.objectives.base import Frozen, Trained
+from stepdistill.objectives.base import Frozen, Trained, critic_scale_of
 from stepdistill.previews import Previews
 
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stepdistill.data.parts import Part
     from stepdistill.denoiser import Denoiser
     from stepdistill.families.base import ModelFamily
-    from stepdistill.objectives.base import InferenceSpec, Objective
+    from stepdistill.objectives.base import Objective
     from stepdistill.recipe import Recipe
     from stepdistill.recipe_sections import StageConfig
     from stepdistill.run_folder import RunFolder
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def open_previews(
     recipe: Recipe,
     family: ModelFamily,
-    spec: InferenceSpec | None,
+    objective: Objective,
     folder: RunFolder,
     part: Part | None = None,
     rows: int | None = None,
@@ -37,8 +37,10 @@ def open_previews(
         return None
     given = config.prompts
     prompts = first_prompts(recipe, given, part) if isinstance(given, int) else given
-    return Previews(family, prompts, spec, folder.previews, config.seed, guidance=teacher_guidance(recipe),
-                    size=recipe.data.size, rows=rows)  # fmt: skip
+    return Previews(
+        family, prompts, objective.inference(), folder.previews, config.seed, guidance=teacher_guidance(recipe),
+        critic_scale=critic_scale_of(objective), size=recipe.data.size, rows=rows,
+    )  # fmt: skip
 
 
 def open_monitor(

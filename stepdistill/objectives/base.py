@@ -233,6 +233,20 @@ class NeedsSchedule:
         raise NotImplementedError
 
 
+class GuidesCritic:
+    """What an objective inherits whose critic learns what the student makes at a guidance scale of its own."""
+
+    @property
+    def critic_scale(self) -> float:
+        """At which the critic denoises the student's samples: 1 with the prompt alone, 0 without any."""
+        raise NotImplementedError
+
+
+def critic_scale_of(objective: Objective) -> float:
+    """The guidance scale at which an objective's critic knows the student; 1 unless it says otherwise."""
+    return objective.critic_scale if isinstance(objective, GuidesCritic) else 1.0
+
+
 class Objective(Protocol):
     """The rules of one distillation game. A dataclass' fields are its options in a recipe."""
 

@@ -18,6 +18,7 @@ from stepdistill.errors import UserError
 from stepdistill.objectives.base import (
     Batch,
     Frozen,
+    GuidesCritic,
     InferenceSpec,
     Loss,
     NeedsSchedule,
@@ -27,6 +28,7 @@ from stepdistill.objectives.base import (
     Role,
     Step,
     Trained,
+    critic_scale_of,
 )
 from stepdistill.objectives.checks import check_share
 from stepdistill.objectives.matching import critic_denoising, rollout
@@ -43,7 +45,7 @@ NEEDED: Mapping[str, type] = {"teacher": Frozen, "critic": Trained, "student": T
 
 
 @dataclass(frozen=True)
-class DisBack(NeedsSchedule):
+class DisBack(NeedsSchedule, GuidesCritic):
     """Wraps a game of teacher, critic and student: its teacher is at first one that has become like the student.
 
     Iterations 0 to nodes * node_steps record: the critic, a copy of the teacher, learns the samples of the untouched
@@ -81,6 +83,10 @@ class DisBack(NeedsSchedule):
     def check_schedule(self, schedule: NoiseSchedule) -> None:
         if isinstance(self.base, NeedsSchedule):
             self.base.check_schedule(schedule)
+
+    @property
+    def critic_scale(self) -> float:
+        return critic_scale_of(self.base)
 
     @property
     def recording(self) -> int:

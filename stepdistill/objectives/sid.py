@@ -17,7 +17,18 @@ from stepdistill.discriminator import ChannelMean, Game
 from stepdistill.errors import UserError
 from stepdistill.losses import SidWeighting, sid_critic_loss, sid_loss, sid_weight, value_with_gradient
 from stepdistill.objectives.adversarial import Adversary
-from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss, Phase, Role, Step, Trained
+from stepdistill.objectives.base import (
+    Batch,
+    Frozen,
+    GuidesCritic,
+    Head,
+    InferenceSpec,
+    Loss,
+    Phase,
+    Role,
+    Step,
+    Trained,
+)
 from stepdistill.objectives.checks import check_share, check_times, check_updates
 from stepdistill.objectives.matching import Guidance, draw_guidance, rollout
 from stepdistill.prediction import add_noise
@@ -31,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SiD:
+class SiD(GuidesCritic):
     """Descends a Fisher divergence, the squared distance of the teacher's and the critic's idea of the clean sample.
 
     Attributes:
@@ -95,6 +106,10 @@ class SiD:
             return self.critic_guidance
         scale = self.guidance if self.critic_guidance is None else self.critic_guidance
         return (1.0, None, None) if isinstance(scale, tuple) else (scale, scale, scale)
+
+    @property
+    def critic_scale(self) -> float:
+        return self.critic_scales[0]
 
     @property
     def adversary(self) -> Adversary:

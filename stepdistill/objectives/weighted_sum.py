@@ -11,7 +11,18 @@ from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.objectives import name_of
-from stepdistill.objectives.base import Batch, InferenceSpec, Loss, NeedsSchedule, Objective, Phase, Role, Step
+from stepdistill.objectives.base import (
+    Batch,
+    GuidesCritic,
+    InferenceSpec,
+    Loss,
+    NeedsSchedule,
+    Objective,
+    Phase,
+    Role,
+    Step,
+    critic_scale_of,
+)
 from stepdistill.options import OBJECTIVE, options_of
 
 
@@ -45,7 +56,7 @@ Turn = list[tuple[Part, Phase]]  # one phase of the sum: the parts that take par
 
 
 @dataclass(frozen=True)
-class WeightedSum(NeedsSchedule):
+class WeightedSum(NeedsSchedule, GuidesCritic):
     """Plays several objectives as one game, whose losses are weighted sums.
 
     Roles of equal names are one role. Phases that train a common role become one phase, in the order in which the
@@ -80,6 +91,12 @@ class WeightedSum(NeedsSchedule):
         for part in self.parts:
             if isinstance(part.objective, NeedsSchedule):
                 part.objective.check_schedule(schedule)
+
+    @property
+    def critic_scale(self) -> float:
+        """Of the first part that has one; the others share it."""
+        with_critic = (part.objective for part in self.parts if "critic" in part.objective.roles())
+        return next((critic_scale_of(objective) for objective in with_critic), 1.0)
 
     def roles(self) -> Mapping[str, Role]:
         united: dict[str, tuple[str, Role]] = {}

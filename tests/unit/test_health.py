@@ -35,9 +35,10 @@ from stepdistill.health import (
     saturation,
 )
 from stepdistill.objectives import OBJECTIVES
-from stepdistill.objectives.base import Head, InferenceSpec, Role
+from stepdistill.objectives.base import Head, InferenceSpec, Role, critic_scale_of
 from stepdistill.objectives.denoising import Denoising
 from stepdistill.objectives.dmd2 import DMD2
+from stepdistill.options import build_named
 from stepdistill.prediction import add_noise
 from stepdistill.previews import Previews
 from stepdistill.recipe import Recipe
@@ -232,6 +233,27 @@ def test_a_critic_that_knows_the_student_makes_smaller_errors_than_the_teacher_a
     lost, _ = monitor_of(a=0.1, b=-0.5, critic=(3.0, 0.1))
     assert knowing.measure()["critic_ratio"] < 0.5
     assert lost.measure()["critic_ratio"] > 4
+
+
+def test_a_critic_is_asked_at_the_guidance_at_which_it_learns() -> None:
+    """SiD with Zero-CFG teaches its critic without prompts: with them it says what it has never learnt."""
+    ratios = []
+    for scale in (0.0, 1.0):
+        monitor, _ = monitor_of(a=0.1, b=-0.5, critic_scale=scale)
+        roles: Any = monitor.cast
+        roles._denoisers["critic"] = gaussian(lambda c: torch.where(label(c) == -M, -0.5, 3.0), 0.1, SCHEDULE)
+        ratios.append(monitor.measure()["critic_ratio"])
+    assert ratios[0] < 0.5
+    assert ratios[1] > 4
+
+
+def test_every_wrapper_says_at_which_guidance_its_games_critic_learns() -> None:
+    sid: dict[str, Any] = {"name": "sid", "guidance": 1.0, "critic_guidance": [0.0, 0.0, 0.0]}
+    for config in (sid, {"name": "disback", "base": sid}, {"name": "sum", "parts": [{"objective": sid}]}):
+        options = {key: value for key, value in config.items() if key != "name"}
+        assert critic_scale_of(build_named(config["name"], options, "here")) == 0.0, config["name"]
+    assert critic_scale_of(build_named("sid", {"guidance": 4.5}, "here")) == 4.5
+    assert critic_scale_of(build_named("vsd", {"guidance": 4.5}, "here")) == 1.0
 
 
 def test_a_student_that_becomes_constant_is_told_from_one_that_is_well() -> None:
