@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.discriminator import Game, discriminator_loss, generator_loss
+from stepdistill.errors import UserError
 from stepdistill.losses import taken_early
 from stepdistill.objectives.base import Batch
 from stepdistill.prediction import add_noise
@@ -83,6 +84,9 @@ class Adversary:
             moved, _ = self._logits(cast, denoiser, near, batch, at)
             terms["r1"] = self.r1_weight * (moved - real_logits).square().mean()
         if self.misaligned_weight > 0:
+            if len(real) < 2:
+                raise UserError("misaligned_weight: a single sample has no other's prompt to be shown with; let every "
+                                "micro-batch of a process have two, or set misaligned_weight: 0")  # fmt: skip
             # Every row gets its neighbour's prompt; at the same times and noise nothing else tells the two apart.
             wrong = replace(batch, condition=batch.condition[torch.arange(len(real), device=real.device).roll(1)])
             wrong_logits, _ = self._logits(cast, denoiser, real, wrong, at)

@@ -133,6 +133,8 @@ def test_misaligned_pairs_are_the_same_samples_and_noise_with_the_neighbours_pro
     # hinge: mean relu(1 + [-4, 1, 2, 3]) + mean relu(1 - [1, 2, 3, -4])
     assert terms["misaligned"].item() == pytest.approx(0.5 * (9 / 4 + 5 / 4), abs=1e-12)
     assert "misaligned" not in LADD().discriminator_loss(roles, batch, Step(0)).terms
+    with pytest.raises(UserError, match="a single sample has no other's prompt"):
+        LADD(misaligned_weight=0.5).discriminator_loss(roles, images(data[:1], data[:1]), Step(0))
 
 
 # ---- what the student is shown -------------------------------------------------------------------------------------
