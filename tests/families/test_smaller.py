@@ -226,6 +226,10 @@ def test_blocks_of_flux_that_do_nothing_can_be_removed_from_both_rows(flux_folde
     family = load_family(flux_folder)
     family.at_size(16)
     teacher: Any = family.network()
+    for parameter in teacher.parameters():
+        # weights read from a file lie where the file has them, and products differ in their last bit with
+        # where in memory a matrix begins
+        parameter.data = parameter.data.clone()
     teacher.single_transformer_blocks.append(copy.deepcopy(teacher.single_transformer_blocks[0]))
     teacher.register_to_config(num_single_layers=2)
     with torch.no_grad():  # the gates of a block come from here: without them it adds nothing
