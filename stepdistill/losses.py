@@ -261,6 +261,13 @@ def progressive_weight(levels: Levels, kind: str, weighting: ProgressiveWeightin
     return snr.clamp(min=1) if weighting == "truncated_snr" else snr + 1
 
 
+def native_weight(levels: Levels, kind: str, weighting: ProgressiveWeighting) -> Tensor | None:
+    """What the squared native error is to be multiplied by for `progressive_weight` of the x0 error, (B,); None: 1."""
+    if weighting == "native":
+        return None
+    return progressive_weight(levels, kind, weighting) / native_per_x0(levels, kind)
+
+
 def add_weight(levels: Levels, weighting: AddWeighting) -> Tensor:
     """c(t) of adversarial diffusion distillation (arXiv 2311.17042, section 3.3), (B,).
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stepdistill.guidance.modules import AdapterSettings, Form
-from stepdistill.losses import weighted_mse
+from stepdistill.losses import ProgressiveWeighting, native_weight, weighted_mse
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
 from stepdistill.objectives.guidance import check_steps, even_timesteps, visited_of
+from stepdistill.prediction import Levels
 
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class AGD:
         frequency: standard deviation of the frequencies by which a scale is embedded, in turns per unit of scale; the
             paper's offset form has 1000.
         proportional: what is added is multiplied by scale - 1, as the correction of guidance is.
+        weighting: of the squared error of the clean sample: "native", which makes it the paper's, that of what the
+            network says; "truncated_snr", max(SNR, 1), or "snr_plus_one", which count the steps in most noise more.
         call_guidance: the scale that the adapter has until it is given another.
         steps: of the previews and of the measurement; the student may be called with any number.
     """
@@ -40,6 +43,7 @@ class AGD:
     width: int = 320
     frequency: float = 1.0
     proportional: bool = False
+    weighting: ProgressiveWeighting = "native"
     call_guidance: float = 3.0
     steps: int = 25
 
@@ -69,6 +73,7 @@ class AGD:
 
     def loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """|eps_{theta, A}(x_t, t, c, scale) - eps_guided|^2, in the network's own output; only A is trained."""
-        place = visited_of(batch)
-        said = cast.denoiser("student")(place.x_t, place.t, batch.condition.with_guidance(place.guidance))
-        return Loss({"agd": weighted_mse(said.native, place.native)})
+        place, student = visited_of(batch), cast.denoiser("student")
+        said = student(place.x_t, place.t, batch.condition.with_guidance(place.guidance))
+        weight = native_weight(Levels.at(student.schedule, place.t, place.x_t), student.kind, self.weighting)
+        return Loss({"agd": weighted_mse(said.native, place.native, weight)})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.losses import ProgressiveWeighting, native_per_x0, progressive_weight, weighted_mse
+from stepdistill.losses import ProgressiveWeighting, native_weight, weighted_mse
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained, Visited
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.trajectory import sample_guidance
@@ -94,10 +94,7 @@ class GuidanceDistillation:
         student = cast.denoiser("student")
         told = batch.condition.with_guidance(place.guidance) if self.embed_guidance else batch.condition
         said = student(place.x_t, place.t, told)
-        weight = None
-        if self.weighting != "native":
-            levels = Levels.at(student.schedule, place.t, place.x_t)
-            weight = progressive_weight(levels, student.kind, self.weighting) / native_per_x0(levels, student.kind)
+        weight = native_weight(Levels.at(student.schedule, place.t, place.x_t), student.kind, self.weighting)
         return Loss({"guidance": weighted_mse(said.native, place.native, weight)})
 
     def _place(self, cast: Cast, batch: Batch) -> Visited:

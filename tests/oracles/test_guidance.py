@@ -255,18 +255,21 @@ def test_an_offset_learns_the_exact_correction(proportional: bool) -> None:
             assert relative_loss(objective, adapter, places(4000, 8.0, 12.0)) < 0.02, "beyond what it was trained on"
 
 
-def test_the_loss_is_the_mean_squared_error_of_the_noise() -> None:
+@pytest.mark.parametrize("weighting", ["native", "truncated_snr", "snr_plus_one"])
+def test_the_loss_is_the_mean_squared_error_of_the_noise(weighting: Any) -> None:
     torch.manual_seed(0)
     adapter = GuidanceAdapter(AdapterSettings("attention", 8), AttentionShape((("x", 1),), (32,), None))
     batch = places(64, 1.0, 6.0)
     place = batch.visited
     assert place is not None
     game: Any = Roles({"student": beside_the_exact_network(adapter)})
-    loss = AGD("attention", 8).loss(game, batch, Step(0)).total
+    loss = AGD("attention", 8, weighting=weighting).loss(game, batch, Step(0)).total
     levels = Levels.at(VP, place.t, place.x_t)
+    noise = (levels.sigma / levels.alpha) ** 2  # and so much more is an error of the noise one of the clean sample
+    weight = {"native": noise**0, "truncated_snr": noise.clamp(min=1), "snr_plus_one": 1 + noise}[weighting]
     k = levels.alpha * levels.sigma / (levels.alpha**2 * STD**2 + levels.sigma**2)
     gap = (place.guidance - 1)[:, None] * k * (WITH - WITHOUT)
-    assert loss.item() == pytest.approx(gap.square().mean().item(), rel=1e-12)
+    assert loss.item() == pytest.approx((weight * gap.square()).mean().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("schedule", "kind"), TEACHERS)
