@@ -41,17 +41,25 @@ class MapHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """(B, N, C) => one logit, (B, 1): a perceptron on every token, averaged."""
+    """(B, N, C) => one logit, (B, 1): a layer on every token, mean and deviation over the tokens, then a perceptron.
+
+    The deviation sees what differs between places, and what follows it sees the sample as a whole. A perceptron on
+    every token with averaged logits, which judges places one by one, is next to blind where few tokens are: on the 16 of
+    the bundled flow teacher it told real latents from a student's in 65 % of cases where this one does in 96 %
+    (docs/objectives/sprint.md).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1)
-        )
+        self.token = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels))
+        self.sample = nn.Sequential(nn.SiLU(), nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 1))
 
     def forward(self, feature: Tensor) -> Tensor:
-        logits: Tensor = self.layers(feature)
-        return logits.mean(1)
+        said = self.token(feature)
+        # The deviation of a single token is 0, where a root has no slope.
+        deviation = (said.var(1, correction=0) + 1e-5).sqrt()
+        logit: Tensor = self.sample(torch.cat([said.mean(1), deviation], dim=1))
+        return logit
 
 
 class Discriminator(nn.Module):

@@ -172,15 +172,33 @@ def test_groups_divide_the_channels(channels: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 256])
-def test_tokens_are_judged_one_by_one_and_averaged(tokens: int) -> None:
+def test_tokens_are_judged_together_in_any_order(tokens: int) -> None:
     torch.manual_seed(2)
-    head, feature = TokenHead(12), torch.randn(3, tokens, 12)
+    head, feature = TokenHead(12), torch.randn(3, tokens, 12, requires_grad=True)
     logit = head(feature)
     assert logit.shape == (3, 1)
-    alone = torch.stack([head(feature[:, i : i + 1]) for i in range(tokens)]).mean(0)
-    torch.testing.assert_close(logit, alone)
     torch.testing.assert_close(head(feature.flip(1)), logit)
     assert logit.std() > 1e-3
+    (slope,) = torch.autograd.grad(logit.sum(), feature)
+    assert torch.isfinite(slope).all() and slope.abs().amax(-1).min() > 0
+
+
+def test_a_head_on_tokens_tells_samples_whose_every_token_is_as_likely() -> None:
+    # Real samples have tokens of both kinds, made ones those of one kind: no token alone says which it is.
+    torch.manual_seed(2)
+
+    def samples(mixed: bool) -> Tensor:
+        kind = torch.randint(2, (64, 16 if mixed else 1, 1)).expand(64, 16, 1)
+        return (2.0 * kind - 1) * torch.tensor([1.0, -1.0]).repeat(4) + 0.1 * torch.randn(64, 16, 8)
+
+    head = TokenHead(8)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        discriminator_loss(head(samples(True)), head(samples(False)), "hinge").backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert discriminator_loss(head(samples(True)), head(samples(False)), "hinge") < 0.2, "a coin has 2"
 
 
 def test_a_discriminator_gives_a_logit_per_feature() -> None:
