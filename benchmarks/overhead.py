@@ -43,6 +43,7 @@ from stepdistill.objectives.sid import SiD
 from stepdistill.objectives.tscd import TSCD
 from stepdistill.objectives.vsd import VSD
 from stepdistill.player import Player, PlayerSettings
+from stepdistill.resources.heap import kept_heap
 from stepdistill.trainer import Trainer, TrainerSettings
 
 
@@ -221,7 +222,16 @@ def peak_gib(work: Callable[[], None], device: torch.device) -> float | None:
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A row of the results: iteration and bare passes in turns, so that both meet the same machine."""
+    """A row of the results: iteration and bare passes in turns, so that both meet the same machine.
+
+    Both with the heap that `Trainer.run` gives its iterations.
+    """
+    with kept_heap(torch.device(args.device)):
+        return measured(name, args)
+
+
+def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The row."""
     objective, passes = passes_of(name, args.critic_updates)
     trainer = trainer_of(objective, args)
     work, device = bare(trainer, passes), trainer.cast.family.device

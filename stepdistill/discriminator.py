@@ -44,9 +44,8 @@ class TokenHead(nn.Module):
     """(B, N, C) => one logit, (B, 1): a layer on every token, mean and deviation over the tokens, then a perceptron.
 
     The deviation sees what differs between places, and what follows it sees the sample as a whole. A perceptron on
-    every token with averaged logits, which judges places one by one, is next to blind where few tokens are: on the 16 of
-    the bundled flow teacher it told real latents from a student's in 65 % of cases where this one does in 96 %
-    (docs/objectives/sprint.md).
+    every token with averaged logits, which judges places one by one, is next to blind where tokens are few: of the 16
+    of the bundled flow teacher's last block it told real latents from a student's in 68 % of cases, this one in 96 %.
     """
 
     def __init__(self, channels: int) -> None:

@@ -32,6 +32,7 @@ from stepdistill.player import Player
 from stepdistill.processes.agreement import check_agreement
 from stepdistill.processes.sharding import gathered
 from stepdistill.processes.share import SlicedDraws
+from stepdistill.resources.heap import kept_heap
 from stepdistill.seeds import seed_of
 
 
@@ -147,7 +148,7 @@ class Trainer:
             UserError: the student has collapsed, losses are not finite again and again, or a checkpoint could not be
                 written.
         """
-        with self._catching_signals():
+        with self._catching_signals(), kept_heap(self.accelerator.device):
             if self.monitor is not None:
                 with self.accelerator.autocast(NO_CACHE):
                     self.monitor.begin()

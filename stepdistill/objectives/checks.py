@@ -25,3 +25,10 @@ def check_updates(name: str, value: int) -> None:
     """Raises UserError unless a role is trained at all: with a critic as it began, a student is led astray."""
     if value < 1:
         raise UserError(f"{name} must be at least 1, got {value}")
+
+
+def check_lead(value: int) -> None:
+    """Raises UserError for a number of iterations that cannot be."""
+    if value < 0:
+        raise UserError(f"critic_lead must not be negative, got {value}; 0 lets the student play from the first "
+                        "iteration on")  # fmt: skip

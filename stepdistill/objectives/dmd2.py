@@ -17,7 +17,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses import DmdWeighting, matching_direction, pseudo_loss
 from stepdistill.objectives.adversarial import Adversary
 from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss, Phase, Role, Step, Trained
-from stepdistill.objectives.checks import check_times, check_updates
+from stepdistill.objectives.checks import check_lead, check_times, check_updates
 from stepdistill.objectives.matching import Guidance, critic_denoising, draw_guidance, renoise, rollout
 from stepdistill.times import LogNoise
 
@@ -76,8 +76,7 @@ class DMD2:
         for name in ("gan_weight", "discriminator_weight", "r1_weight", "misaligned_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}; 0 switches the term off")
-        if self.critic_lead < 0:
-            raise UserError(f"critic_lead must not be negative, got {self.critic_lead}")
+        check_lead(self.critic_lead)
         check_times(self.t_min, self.t_max)
         check_updates("critic_updates", self.critic_updates)
 

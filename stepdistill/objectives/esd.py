@@ -6,7 +6,7 @@ Wang et al. 2024, "Taming Mode Collapse in Score Distillation for Text-to-3D Gen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +36,7 @@ class ESD:
         entropy: lambda, the share of the unconditional score, 0 to 1: 0 is VSD with an unguided critic, 1 knows the
             unconditional score alone (the code's setting for threestudio: 0.5).
         critic_updates: critic steps per student step.
+        critic_lead: iterations at the start without the student, for a stage whose student has learnt already.
         condition_dropout: probability that a whole batch trains the critic's unconditional branch (not published).
         t_min: lowest time of the student's loss, as a fraction.
         t_max: highest time of the student's loss.
@@ -47,6 +48,7 @@ class ESD:
     guidance: Guidance = 4.5
     entropy: float = 0.5
     critic_updates: int = 1
+    critic_lead: int = 0
     condition_dropout: float = 0.2
     t_min: float = 0.02
     t_max: float = 0.98
@@ -62,18 +64,15 @@ class ESD:
     @property
     def base(self) -> VSD:
         """The game whose critic is trained the same way."""
-        return VSD(
-            timesteps=self.timesteps, critic_updates=self.critic_updates, condition_dropout=self.condition_dropout
-        )
+        return VSD(timesteps=self.timesteps, critic_updates=self.critic_updates, critic_lead=self.critic_lead,
+                   condition_dropout=self.condition_dropout)  # fmt: skip
 
     def roles(self) -> Mapping[str, Role]:
         return {"teacher": Frozen(), "critic": Trained(), "student": Trained()}
 
     def phases(self, step: int) -> Sequence[Phase]:
-        return (
-            Phase("student", ("student",), self.student_loss),
-            Phase("critic", ("critic",), self.base.critic_loss, repeats=self.critic_updates),
-        )
+        own = {"student": self.student_loss}
+        return tuple(replace(phase, loss=own.get(phase.name, phase.loss)) for phase in self.base.phases(step))
 
     def after_step(self, cast: Cast, step: int) -> None:
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepdistill.divergences import DIVERGENCES, DivergenceName
 from stepdistill.errors import UserError
-from stepdistill.losses import pseudo_loss
+from stepdistill.losses import DmdWeighting, pseudo_loss
 from stepdistill.objectives.base import Batch, Head, InferenceSpec, Loss, Phase, Role, Step
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.objectives.matching import Guidance, renoise, rollout
@@ -38,14 +38,19 @@ class FDistill:
         timesteps: where the student is called, as Diffusers indices.
         guidance: the teacher's guidance scale, or a range to draw it from (published for SD1.5: 1.75 and 5).
         critic_updates: steps of critic and discriminator per student step (5, and 10 for SD1.5).
+        critic_lead: iterations at the start without the student, in which the critic gets to know one that has learnt
+            already, and the discriminator the images; none published.
         t_min: lowest time of the matching loss, as a fraction.
         t_max: highest time of the matching loss.
         log_noise: mean and deviation of a normal density of log(sigma / alpha) in place of these times; None: uniform.
+        weighting: of the matching direction that h(r) is a factor of, see `matching_direction` (the paper: distance).
         gan_weight: of the adversarial term in the student's loss (1e-3); with 0 the discriminator only gives ratios.
         discriminator_weight: of the classification term in the critic's loss.
         features: whose features the discriminator sees, the critic's or the frozen teacher's.
         layers: modules whose outputs are the features; empty: the bottleneck.
         r1_weight: of the approximate R1 regulariser; 0 for none.
+        gan_log_noise: mean and deviation of log(sigma / alpha) at which the discriminator learns; null: all times
+            alike. It gives ratios at the times of the matching loss, so let it cover these.
         logit_limit: logits are clamped to plus and minus this before exp.
         ratio_range: then ratios are clipped to these.
         normalize_ratio: divide ratios by the mean ratio at their noise level.
@@ -58,14 +63,17 @@ class FDistill:
     timesteps: tuple[int, ...] = (999,)
     guidance: Guidance = 1.75
     critic_updates: int = 5
+    critic_lead: int = 0
     t_min: float = 0.02
     t_max: float = 0.98
     log_noise: LogNoise | None = None
+    weighting: DmdWeighting = "distance"
     gan_weight: float = 1e-3
     discriminator_weight: float = 1e-2
     features: Literal["critic", "teacher"] = "critic"
     layers: tuple[str, ...] = ()
     r1_weight: float = 0.0
+    gan_log_noise: LogNoise | None = None
     logit_limit: float = 10.0
     ratio_range: tuple[float, float] = (0.1, 20.0)
     normalize_ratio: bool = True
@@ -91,8 +99,9 @@ class FDistill:
         """The game that is weighed. Its discriminator plays the one game whose best logit is the log ratio."""
         return DMD2(
             timesteps=self.timesteps, guidance=self.guidance, critic_updates=self.critic_updates,
-            t_min=self.t_min, t_max=self.t_max, discriminator_weight=self.discriminator_weight,
-            features=self.features, layers=self.layers, r1_weight=self.r1_weight, gan_loss="non_saturating",
+            critic_lead=self.critic_lead, t_min=self.t_min, t_max=self.t_max, weighting=self.weighting,
+            discriminator_weight=self.discriminator_weight, features=self.features, layers=self.layers,
+            r1_weight=self.r1_weight, gan_log_noise=self.gan_log_noise, gan_loss="non_saturating",
             # Outside of the student's loss, which is our own, the weight only switches the discriminator on.
             gan_weight=self.gan_weight or 1.0,
         )  # fmt: skip
@@ -101,8 +110,8 @@ class FDistill:
         return {**self.dmd2.roles(), "discriminator": Head(partial(RatioDiscriminator, bins=self.bins), self.layers)}
 
     def phases(self, step: int) -> Sequence[Phase]:
-        critic, student = self.dmd2.phases(step)
-        return critic, replace(student, loss=self.student_loss)
+        own = {"student": self.student_loss}
+        return tuple(replace(phase, loss=own.get(phase.name, phase.loss)) for phase in self.dmd2.phases(step))
 
     def after_step(self, cast: Cast, step: int) -> None:
         return None

@@ -17,9 +17,10 @@ Guidance = float | tuple[float, float]
 
 
 def draw_guidance(guidance: Guidance, step: Step) -> float:
-    """A fixed scale as it is; of a range, one scale for the whole iteration, the same on every process.
+    """A fixed scale as it is; of a range, one scale for the whole micro-batch, the same on every process.
 
-    The range is SNOOPI's PG-SB (arXiv 2412.02687, section 4.1).
+    The range is SNOOPI's PG-SB (arXiv 2412.02687, section 4.1), which draws in every iteration; micro-batches of one
+    iteration have scales of their own here.
     """
     if isinstance(guidance, tuple):
         low, high = guidance

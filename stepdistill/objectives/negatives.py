@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from stepdistill.attention import NASA, steered
 from stepdistill.condition import Condition
 from stepdistill.data.prompts import load_prompts
@@ -34,7 +36,7 @@ def steered_student(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Gui
     Args:
         cast: with the role "student", and encoding texts.
         batch: as many negatives are drawn as it has rows.
-        step: all processes draw the same.
+        step: the strength is the same on every process.
         pool: where negatives come from.
         alpha: NASA's strength, or a range to draw it from (NASA-T: U(0, 1)).
     """
@@ -50,10 +52,12 @@ def steered_student(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Gui
 
 
 def _steered(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Guidance) -> Steered:
-    drawn = step.shared("negatives")
     texts = read_pool(pool) if isinstance(pool, str) else pool
-    negative = cast.encode([drawn.choice(texts) for _ in range(len(batch))])
-    strength = drawn.uniform(*alpha) if isinstance(alpha, tuple) else alpha
+    # By torch, whose draws processes that share a micro-batch divide by rows: each row has the negative that it has in
+    # a run of one process. The strength is one for all of them.
+    rows = torch.randint(len(texts), (len(batch),)).tolist()
+    negative = cast.encode([texts[row] for row in rows])
+    strength = step.shared("negatives").uniform(*alpha) if isinstance(alpha, tuple) else alpha
     return Steered(steered(cast.denoiser("student"), NASA(strength), negative), negative)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from stepdistill.losses import VsdWeighting, pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
-from stepdistill.objectives.checks import check_share, check_times, check_updates
+from stepdistill.objectives.checks import check_lead, check_share, check_times, check_updates
 from stepdistill.objectives.matching import Guidance, critic_denoising, draw_guidance, renoise, rollout
 from stepdistill.objectives.negatives import Pool, steered_student
 from stepdistill.times import LogNoise
@@ -34,6 +34,8 @@ class VSD:
         guide_critic: whether the critic is guided with the same scale, as SwiftBrush does. Then the *unguided* teacher
             is a fixed point; without it the guided teacher is.
         critic_updates: critic steps per student step (SwiftBrush: 1).
+        critic_lead: iterations at the start without the student, for a stage whose student has learnt already, such as
+            SwiftBrush v2's, which begins as SD-Turbo; none published.
         condition_dropout: probability that a whole batch trains the critic's null branch (SwiftBrush's code: 0.1).
         t_min: lowest time of the student's loss, as a fraction (code: 0.02).
         t_max: highest time of the student's loss (code: 0.98).
@@ -48,6 +50,7 @@ class VSD:
     guidance: Guidance = 4.5
     guide_critic: bool = True
     critic_updates: int = 1
+    critic_lead: int = 0
     condition_dropout: float = 0.1
     t_min: float = 0.02
     t_max: float = 0.98
@@ -59,16 +62,15 @@ class VSD:
     def __post_init__(self) -> None:
         check_times(self.t_min, self.t_max)
         check_updates("critic_updates", self.critic_updates)
+        check_lead(self.critic_lead)
         check_share("condition_dropout", self.condition_dropout)
 
     def roles(self) -> Mapping[str, Role]:
         return {"teacher": Frozen(), "critic": Trained(), "student": Trained()}
 
     def phases(self, step: int) -> Sequence[Phase]:
-        return (
-            Phase("student", ("student",), self.student_loss),
-            Phase("critic", ("critic",), self.critic_loss, repeats=self.critic_updates),
-        )
+        critic = Phase("critic", ("critic",), self.critic_loss, repeats=self.critic_updates)
+        return (critic,) if step < self.critic_lead else (Phase("student", ("student",), self.student_loss), critic)
 
     def after_step(self, cast: Cast, step: int) -> None:
         return None

@@ -222,8 +222,8 @@ def test_with_the_negatives_of_vsd_it_judges_the_steered_image_of_the_same_pass(
     assert passes(WeightedSum((Part(vsd), Part(clip)))) == 1
     assert passes(WeightedSum((Part(vsd), Part(Clip(model=clip_folder, threshold=0.9))))) == 2
     torch.manual_seed(5)
-    noise, t = batch.noise(), torch.ones(2, dtype=torch.float64)
     student, _ = steered_student(cast, batch, step, pool["negatives"], pool["nasa"])
+    noise, t = batch.noise(), torch.ones(2, dtype=torch.float64)
     steered, plain = (view(noise, t, batch.condition).x0.detach() for view in (student, cast.denoiser("student")))
     torch.testing.assert_close(judged[0], steered)
     assert (steered - plain).abs().max() > 1e-2

@@ -93,12 +93,21 @@ def noise(count: int, width: int = 4) -> Tensor:
 # ---- DMD2 with a weight --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gan_weight", [0.0, 0.3])
-def test_the_reverse_kl_without_normalisation_is_dmd2_to_the_last_bit(gan_weight: float) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gan_weight": 0.0},
+        {"gan_weight": 0.3},
+        {"gan_weight": 0.0, "weighting": "sigma_over_alpha"},
+        {"gan_weight": 0.0, "weighting": "sigma_cubed_over_alpha"},
+        {"gan_weight": 0.3, "gan_log_noise": (-1.0, 0.5)},
+    ],
+)
+def test_the_reverse_kl_without_normalisation_is_dmd2_to_the_last_bit(options: dict[str, Any]) -> None:
     network = Linear(A, B)
     cast = cast_of(network, exact_head())
-    ours = FDistill(divergence="reverse_kl", gan_weight=gan_weight, **PLAIN)
-    theirs = DMD2(guidance=1.0, gan_weight=gan_weight)
+    ours = FDistill(divergence="reverse_kl", **options, **PLAIN)
+    theirs = DMD2(guidance=1.0, **options)
     assert gradients(ours, cast, network, noise(64)) == gradients(theirs, cast, network, noise(64))
 
 

@@ -10,7 +10,10 @@ from stepdistill.condition import Condition
 from stepdistill.errors import UserError
 from stepdistill.losses import dmd_direction, pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Step
+from stepdistill.objectives.dmd import DMD
 from stepdistill.objectives.dmd2 import DMD2
+from stepdistill.objectives.esd import ESD
+from stepdistill.objectives.f_distill import FDistill
 from stepdistill.objectives.matching import rollout
 from stepdistill.objectives.vsd import VSD
 from stepdistill.prediction import add_noise
@@ -262,13 +265,16 @@ def test_dmd2_plays_five_critic_turns_for_one_of_the_student() -> None:
     assert turns == [(("critic",), 5), (("student",), 1)]
 
 
-def test_the_critic_plays_alone_as_long_as_it_leads() -> None:
-    objective = DMD2(critic_updates=2, critic_lead=3)
+@pytest.mark.parametrize("kind", [DMD2, DMD, FDistill, VSD, ESD])
+def test_the_critic_plays_alone_as_long_as_it_leads(kind: type[DMD2 | DMD | FDistill | VSD | ESD]) -> None:
+    objective, whole = kind(critic_updates=2, critic_lead=3), kind(critic_updates=2, critic_lead=0)
     turns = [[phase.name for phase in objective.phases(step)] for step in range(5)]
-    assert turns == [["critic"]] * 3 + [["critic", "student"]] * 2
+    assert turns == [["critic"]] * 3 + [[phase.name for phase in whole.phases(0)]] * 2
+    assert sorted(turns[-1]) == ["critic", "student"]
     assert objective.phases(0)[0].repeats == 2
-    with pytest.raises(UserError, match="critic_lead must not be negative"):
-        DMD2(critic_lead=-1)
+    assert objective.phases(3)[turns[-1].index("student")].loss == objective.student_loss
+    with pytest.raises(UserError, match="critic_lead must not be negative, got -1; 0 lets the student play"):
+        kind(critic_lead=-1)
 
 
 def test_the_critic_loss_weight_does_not_move_its_optimum() -> None:

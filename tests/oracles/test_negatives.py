@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from stepdistill.families.base import ModelFamily
 from stepdistill.objectives import negatives
 from stepdistill.objectives.base import Step
 from stepdistill.objectives.matching import draw_guidance
+from stepdistill.objectives.negatives import steered_student
 from stepdistill.objectives.vsd import VSD
+from stepdistill.processes.share import SlicedDraws
 from tests.oracles.oracle import Linear, Roles, batch_of, gaussian, label, linear_student
 from tests.tiny import LORA, trainer_of, weights_of
 
@@ -136,12 +139,20 @@ def test_a_fixed_strength_is_taken_as_it_is(strengths: list[float]) -> None:
     assert strengths == [0.5]
 
 
-def test_all_processes_draw_the_same_negatives(strengths: list[float]) -> None:
-    drawn = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)  # each process has a generator of its own
-        drawn.append((student_gradient(VSD(negatives=POOL), step=3)[1].texts, strengths.pop()))
-    assert drawn[0] == drawn[1]
+def test_processes_that_share_a_batch_draw_the_negatives_of_one_process(strengths: list[float]) -> None:
+    """Each row has the negative that it has in a run of one process, and all have one strength."""
+
+    def texts(rows: int, part: int, parts: int) -> list[str]:
+        roles, _ = roles_at_the_match()
+        torch.manual_seed(5)  # a micro-batch has one seed for all processes
+        with nullcontext() if parts == 1 else SlicedDraws(rows, part, parts):
+            steered_student(roles, batch_of(noise()[:rows]), Step(3), POOL, (0.0, 1.0))
+        return roles.texts
+
+    whole = texts(24, 0, 1)
+    assert whole == texts(12, 0, 2) + texts(12, 1, 2)
+    assert whole[:12] != whole[12:]
+    assert len(set(strengths)) == 1
 
 
 def test_without_negatives_nothing_is_encoded_or_steered(strengths: list[float]) -> None:

@@ -1,0 +1,86 @@
+"""While a CPU trains, memory that an iteration frees is not given back and fetched again page by page."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepdistill.families import load_family
+from stepdistill.objectives.vsd import VSD
+from stepdistill.resources import heap
+from stepdistill.resources.heap import kept_heap
+from tests.tiny import trainer_of
+
+
+CPU = torch.device("cpu")
+PAGES = 16 * 16 * 2**20 // resource.getpagesize()  # of the work below
+ON_GLIBC = pytest.mark.skipif(heap._glibc() is None, reason="another C library")
+
+
+def work() -> None:
+    """Sixteen tensors of 16 MiB at a time, as the graph of a network's pass holds them."""
+    tensors = [torch.ones(4 * 2**20) for _ in range(16)]
+    del tensors
+
+
+def faults_of_work() -> int:
+    """Pages that the second of two equal pieces of work got from the system."""
+    work()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident_pages() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+@ON_GLIBC
+def test_what_was_freed_is_used_again_and_given_back_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in heap.CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    with kept_heap(CPU):
+        assert faults_of_work() < PAGES // 8, "but for what alignment leaves between tensors"
+        held = resident_pages()
+    assert held - resident_pages() > PAGES // 2
+    assert faults_of_work() > PAGES // 2, "this is the C library's own rule, without which the test says nothing"
+
+
+@ON_GLIBC
+def test_where_the_environment_sets_the_allocator_up_it_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "_glibc", lambda: pytest.fail("the library is not to be asked"))
+    with kept_heap(torch.device("cuda", 0)):
+        pass
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "100000000")
+    with kept_heap(CPU):
+        pass
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_other_c_libraries_are_left_alone(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # like musl's, it has no mallopt
+    with kept_heap(CPU):
+        work()
+
+
+def test_a_run_plays_its_iterations_in_it(sd_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    @contextmanager
+    def recorded(device: torch.device) -> Iterator[None]:
+        told.append(device)
+        yield
+        told.append(trainer.step)
+
+    monkeypatch.setattr("stepdistill.trainer.kept_heap", recorded)
+    trainer = trainer_of(load_family(sd_folder), VSD(), steps=2)
+    trainer.run()
+    assert told == [CPU, 2]
