@@ -1,8 +1,8 @@
 """The C library's heap while a CPU trains: what one iteration frees stays for the next.
 
-glibc gives the free end of its heap back to the system above some 64 MiB, and an iteration whose graphs are larger gets
-it again page by page, which took 8 % of an iteration of `sid` on the bundled teacher. Accelerators have torch's caching
-allocator for the same reason.
+glibc gives the free end of its heap back to the system above some 64 MiB, and an iteration whose graphs are larger
+gets it again page by page, which took 8 % of an iteration of `sid` on the bundled teacher. Accelerators have torch's
+caching allocator for the same reason.
 """
 
 from __future__ import annotations
