@@ -14,6 +14,8 @@ from torch import Tensor
 from stepdistill.attention import NASA
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
+from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives import negatives
 from stepdistill.objectives.base import Step
@@ -165,6 +167,20 @@ def test_a_pool_may_be_a_file(strengths: list[float], tmp_path: Path) -> None:
     file.write_text("red\n\nblue\n")
     _, roles = student_gradient(VSD(negatives=str(file)))
     assert set(roles.texts) == {"red", "blue"}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("dit", r"^negatives: this teacher is conditioned on classes, and on no text .*set negatives: \[\]$"),
+        ("sd3", r"^negatives: a student is trained with NASA, .*joint attention.*set negatives: \[\], .*--nag"),
+    ],
+)
+def test_a_teacher_whose_student_cannot_be_steered_is_told_with_the_option(teacher: str, message: str) -> None:
+    family = load_family(f"tiny:{teacher}")
+    trainer = trainer_of(family, VSD(negatives=POOL), texts=("1", "2", "3"))
+    with pytest.raises(UserError, match=message):
+        trainer.run()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
