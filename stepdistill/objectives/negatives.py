@@ -68,8 +68,8 @@ def _steered(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Guidance) 
     try:
         return Steered(steered(cast.denoiser("student"), NASA(strength), negative), negative)
     except UserError as error:
-        raise UserError(f"negatives: a student is trained with NASA, which does not go with its network ({error}); set "
-                        "negatives: [], and steer the finished student, with --nag if not with --nasa") from error  # fmt: skip
+        raise UserError(f"negatives: a student is trained with NASA, which does not go with its network ({error}); "
+                        "set negatives: [], and steer the finished student with --nag") from error  # fmt: skip
 
 
 @lru_cache(maxsize=1)
