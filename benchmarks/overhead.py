@@ -5,6 +5,7 @@
 One iteration of each objective (all turns of it) is timed through the trainer, and, alternating
 with it in the same process, the bare passes of the same networks on as many samples. Only the ratio means something
 elsewhere: the median of the rounds' own ratios, since a machine's speed changes between rounds more than within one.
+On a CPU the same is told of the process's own seconds, in which programs beside it have no part.
 What an algorithm needs is the table `passes_of`; optimisers, noise, losses and data are the overhead.
 """
 
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -196,14 +197,21 @@ def bare(trainer: Trainer, passes: Sequence[Pass]) -> Callable[[], None]:
     return run
 
 
-def seconds_of(work: Callable[[], None], device: torch.device) -> float:
+class Seconds(NamedTuple):
+    """How long one call takes: by the clock, and of the process's own time on all of its threads."""
+
+    clock: float
+    process: float
+
+
+def seconds_of(work: Callable[[], None], device: torch.device) -> Seconds:
     """How long one call takes, until the device has done all of it."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     work()
     wait()
-    return time.perf_counter() - began
+    return Seconds(time.perf_counter() - began[0], time.process_time() - began[1])
 
 
 def peak_gib(work: Callable[[], None], device: torch.device) -> float | None:
@@ -244,12 +252,20 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "critic_updates": sum(p.repeats for p in objective.phases(0) if p.name == "critic"),
         "rows_through_networks": sum(p.rows for p in passes) * args.batch_size,
-        "seconds_per_iteration": statistics.median(ours for ours, _ in rounds),
-        "seconds_of_bare_passes": statistics.median(bare for _, bare in rounds),
-        "ratio": statistics.median(ours / bare for ours, bare in rounds),
-        "rounds": rounds,
+        "seconds_per_iteration": statistics.median(ours.clock for ours, _ in rounds),
+        "seconds_of_bare_passes": statistics.median(bare.clock for _, bare in rounds),
+        "ratio": statistics.median(ours.clock / bare.clock for ours, bare in rounds),
+        **of_the_process(rounds, device),
+        "rounds": [(ours.clock, bare.clock) for ours, bare in rounds],
         "peak_gib": peak_gib(trainer._iterate, device),
     }
+
+
+def of_the_process(rounds: Sequence[tuple[Seconds, Seconds]], device: torch.device) -> dict[str, float]:
+    """The ratio of the process's own seconds; an accelerator's work is none of them."""
+    if device.type == "cuda":
+        return {}
+    return {"process_ratio": statistics.median(ours.process / bare.process for ours, bare in rounds)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -60,7 +60,8 @@ def in_turns(ours: Work, bare: Work, args: argparse.Namespace, *, warmup: int) -
     for _ in range(warmup):
         ours()
         bare()
-    rounds = [(overhead.seconds_of(ours, device), overhead.seconds_of(bare, device)) for _ in range(args.rounds)]
+    rounds = [(overhead.seconds_of(ours, device).clock, overhead.seconds_of(bare, device).clock)
+              for _ in range(args.rounds)]  # fmt: skip
     return [a for a, _ in rounds], [b for _, b in rounds]
 
 

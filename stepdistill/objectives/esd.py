@@ -16,6 +16,7 @@ from stepdistill.losses import VsdWeighting, pseudo_loss, vsd_direction
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
 from stepdistill.objectives.checks import check_times
 from stepdistill.objectives.matching import Guidance, draw_guidance, renoise, rollout
+from stepdistill.objectives.negatives import Pool, steered_student
 from stepdistill.objectives.vsd import VSD
 from stepdistill.times import LogNoise
 
@@ -42,6 +43,8 @@ class ESD:
         t_max: highest time of the student's loss.
         log_noise: mean and deviation of a normal density of log(sigma / alpha) in place of these times; None: uniform.
         weighting: w(t) of the direction, see `vsd_direction`; published is sigma^2.
+        negatives: negative prompts that the student is trained to keep away from, as in `VSD`; empty: none.
+        nasa: strength of the negatives in the student, or a range to draw it from.
     """
 
     timesteps: tuple[int, ...] = (999,)
@@ -54,6 +57,8 @@ class ESD:
     t_max: float = 0.98
     log_noise: LogNoise | None = None
     weighting: VsdWeighting = "sigma_squared"
+    negatives: Pool = ()
+    nasa: Guidance = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if not 0 <= self.entropy <= 1:
@@ -65,7 +70,7 @@ class ESD:
     def base(self) -> VSD:
         """The game whose critic is trained the same way."""
         return VSD(timesteps=self.timesteps, critic_updates=self.critic_updates, critic_lead=self.critic_lead,
-                   condition_dropout=self.condition_dropout)  # fmt: skip
+                   condition_dropout=self.condition_dropout, negatives=self.negatives, nasa=self.nasa)  # fmt: skip
 
     def roles(self) -> Mapping[str, Role]:
         return {"teacher": Frozen(), "critic": Trained(), "student": Trained()}
@@ -82,11 +87,12 @@ class ESD:
 
     def student_loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """The entropic gradient: guidance of scale 1 - lambda *on the critic* mixes its two scores as wanted."""
-        x0 = rollout(cast.denoiser("student"), batch, self.timesteps, step)
+        student, null = steered_student(cast, batch, step, self.negatives, self.nasa)
+        x0 = rollout(student, batch, self.timesteps, step)
         teacher, critic = cast.denoiser("teacher"), cast.denoiser("critic")
         x_t, t = renoise(teacher, x0, self.t_min, self.t_max, self.log_noise)
         with torch.no_grad():
-            real = teacher.guided(x_t, t, batch.condition, batch.null, draw_guidance(self.guidance, step))
+            real = teacher.guided(x_t, t, batch.condition, null, draw_guidance(self.guidance, step))
             fake = critic.guided(x_t, t, batch.condition, batch.null, 1 - self.entropy)
         direction = vsd_direction(real.eps, fake.eps, real.levels, self.weighting)
         return Loss({"matching": pseudo_loss(x0, direction)}, {"direction": direction.square().mean().sqrt()})

@@ -11,6 +11,7 @@ from stepdistill.attention import NASA, steered
 from stepdistill.condition import Condition
 from stepdistill.data.prompts import load_prompts
 from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
 from stepdistill.objectives.base import Batch, Step
 from stepdistill.objectives.matching import Guidance
 
@@ -39,6 +40,9 @@ def steered_student(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Gui
         step: the strength is the same on every process.
         pool: where negatives come from.
         alpha: NASA's strength, or a range to draw it from (NASA-T: U(0, 1)).
+
+    Raises:
+        UserError: the student's network is not conditioned on text, or its attention cannot be steered by NASA.
     """
     if not pool:
         return Steered(cast.denoiser("student"), batch.null)
@@ -52,13 +56,20 @@ def steered_student(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Gui
 
 
 def _steered(cast: Cast, batch: Batch, step: Step, pool: Pool, alpha: Guidance) -> Steered:
+    if "class_labels" in batch.condition.tensors:
+        raise UserError("negatives: this teacher is conditioned on classes, and on no text that a student could be "
+                        "steered away from; set negatives: []")  # fmt: skip
     texts = read_pool(pool) if isinstance(pool, str) else pool
     # By torch, whose draws processes that share a micro-batch divide by rows: each row has the negative that it has in
     # a run of one process. The strength is one for all of them.
     rows = torch.randint(len(texts), (len(batch),)).tolist()
     negative = cast.encode([texts[row] for row in rows])
     strength = step.shared("negatives").uniform(*alpha) if isinstance(alpha, tuple) else alpha
-    return Steered(steered(cast.denoiser("student"), NASA(strength), negative), negative)
+    try:
+        return Steered(steered(cast.denoiser("student"), NASA(strength), negative), negative)
+    except UserError as error:
+        raise UserError(f"negatives: a student is trained with NASA, which does not go with its network ({error}); "
+                        "set negatives: [], and steer the finished student with --nag") from error  # fmt: skip
 
 
 @lru_cache(maxsize=1)

@@ -67,6 +67,8 @@ class SiD(GuidesCritic):
         discriminator_weight: of the classification term in the critic's loss (code: half the sum of its two parts).
         gan_loss: which game the critic's features play.
         layers: modules whose outputs, averaged over channels, are the logits; empty: the bottleneck.
+        r1_weight: of the approximate R1 regulariser of the game, beside the classification term; 0 for none, as in
+            the code.
     """
 
     timesteps: tuple[int, ...] = (625,)
@@ -85,12 +87,13 @@ class SiD(GuidesCritic):
     discriminator_weight: float = 0.5
     gan_loss: Game = "non_saturating"
     layers: tuple[str, ...] = ()
+    r1_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_times(self.t_min, self.t_max)
         check_updates("critic_updates", self.critic_updates)
         check_share("condition_dropout", self.condition_dropout)
-        for name in ("gan_weight", "discriminator_weight"):
+        for name in ("gan_weight", "discriminator_weight", "r1_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}; 0 switches the term off")
         trained, *used = self.critic_scales
@@ -117,8 +120,8 @@ class SiD(GuidesCritic):
 
         In SiD's code for transformers one density serves all of them, and real and made samples share time and noise.
         """
-        return Adversary(game=self.gan_loss, shared_noise=True, log_noise=self.log_noise, t_min=self.t_min,
-                         t_max=self.t_max)  # fmt: skip
+        return Adversary(game=self.gan_loss, r1_weight=self.r1_weight, shared_noise=True, log_noise=self.log_noise,
+                         t_min=self.t_min, t_max=self.t_max)  # fmt: skip
 
     def roles(self) -> Mapping[str, Role]:
         roles: dict[str, Role] = {"teacher": Frozen(), "critic": Trained(), "student": Trained()}

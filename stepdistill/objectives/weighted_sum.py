@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -129,10 +129,19 @@ class WeightedSum(NeedsSchedule, GuidesCritic):
         for part in others:
             other = part.objective.inference()
             if other != spec:
-                raise UserError(f"parts {first.name!r} and {part.name!r} call the student differently ({spec} and "
-                                f"{other}); give both the same timesteps and sampler, or name one of them with "
-                                "called_as")  # fmt: skip
+                raise UserError(f"parts {first.name!r} and {part.name!r} call the student differently "
+                                f"({_differences(spec, other)}); give both the same timesteps and sampler, or name "
+                                "one of them with called_as")  # fmt: skip
         return spec
+
+
+def _differences(spec: InferenceSpec | None, other: InferenceSpec | None) -> str:
+    """How two ways to call a student differ, in words."""
+    if spec is None or other is None:
+        told = spec or other
+        return f"at timesteps {list(told.timesteps) if told else []}, and with the teacher's own scheduler"
+    pairs = ((field.name, getattr(spec, field.name), getattr(other, field.name)) for field in fields(InferenceSpec))
+    return ", ".join(f"{name}: {one} and {two}" for name, one, two in pairs if one != two)
 
 
 def _joins(part: Part, phase: Phase, turn: Turn) -> bool:

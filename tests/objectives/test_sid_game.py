@@ -84,6 +84,20 @@ def test_the_game_sees_both_at_the_same_noise_and_is_weighed_by_the_number_of_el
         torch.testing.assert_close(real_t - alpha * real, made_t + alpha * 0.4, rtol=0, atol=1e-12)
 
 
+def test_the_regulariser_is_weighed_as_the_game_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logit that is the mean of x_t changes by alpha s where every element of the real sample grows by s."""
+    oracle = gaussian(label, 1.0)
+    roles = Critics({"student": linear_student(Linear(0.5, -0.4)), "teacher": oracle, "critic": oracle})
+    monkeypatch.setattr(roles, "head", lambda role: lambda denoiser, x_t, t, c: x_t.flatten(1).mean(1, keepdim=True))
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    batch = batch_of(torch.randn(4, 3, 2, 2, dtype=torch.float64))
+    object.__setattr__(batch, "latents", torch.randn(4, 3, 2, 2, dtype=torch.float64))
+    at = {"t_min": AT_08[0], "t_max": AT_08[1]}  # alpha is 0.8, and the perturbation 0.1
+    objective = SiD(timesteps=(2,), guidance=1.0, gan_weight=0.01, r1_weight=3.0, **at)
+    assert objective.critic_loss(roles, batch, Step(0)).terms["r1"].item() == pytest.approx(3 * 0.5 * 12 * 0.08**2)
+    assert "r1" not in SiD(timesteps=(2,), guidance=1.0, gan_weight=0.01).critic_loss(roles, batch, Step(0)).terms
+
+
 @pytest.mark.parametrize(
     "options", [{"t_min": AT_08[0], "t_max": AT_08[1]}, {"log_noise": (math.log(0.75), 0.0)}], ids=["range", "density"]
 )

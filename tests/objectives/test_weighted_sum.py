@@ -207,8 +207,10 @@ def test_a_part_whose_phases_end_leaves_the_others_alone() -> None:
         ((Game((phase("student", "critic"),), {"student": Trained(), "critic": Trained()}),
           Game((phase("student"), phase("critic")), {"student": Trained(), "critic": Trained()})),
          "in which 'part1' keeps critic fixed; play them in stages"),
-        ((VSD(), VSD(timesteps=(999, 499))), "call the student differently .*999, 499.*same timesteps"),
-        ((VSD(), Denoising()), "call the student differently"),
+        ((VSD(), VSD(timesteps=(999, 499))),
+         r"call the student differently \(timesteps: \(999,\) and \(999, 499\)\); give both the same timesteps"),
+        ((VSD(), Denoising()),
+         r"call the student differently \(at timesteps \[999\], and with the teacher's own scheduler\); .*called_as"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_refused_before_anything_is_loaded(games: tuple, message: str) -> None:

@@ -226,13 +226,36 @@ def test_the_students_gradient_is_that_of_one_long_graph(sd_folder: str, where: 
     assert all(p.grad is None for p in cast.family.pipeline.vae.parameters())
 
 
+def test_in_latents_the_distance_brings_samples_back_whose_pixels_are_clamped(
+    sd_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the page says about `distill_in`: beyond what can be shown, pixels have no gradient, and latents have."""
+    slopes = {}
+    for where in ("pixels", "latents"):
+        objective = ADD((999,), distill_in=where, image_condition=False)
+        trainer = game(sd_folder, objective)
+        cast, batch = trainer.cast, trainer.batches.next("images", 2)
+        # A decoder that shows the latents themselves: 15 times too large, all pixels are black or white.
+        monkeypatch.setattr(cast.family, "decode_latents", lambda x: (x[:, :3] / 2 + 0.5).clamp(0, 1))
+        grown = (15 * batch.latents.sign()).requires_grad_(True)
+        target = batch.latents.sign() / 2
+        monkeypatch.setattr(ADD, "samples", lambda self, *_, x0=grown: (x0, torch.zeros(2, dtype=torch.bool)))
+        monkeypatch.setattr(ADD, "teachers_view", lambda self, *_, x0=target: (x0, torch.ones(2)))
+        objective.student_loss(cast, batch, Step(0)).total.backward()
+        slopes[where] = grown.grad
+        size = 2.5 * 2 * (15 - 0.5) / grown[0].numel() / len(grown)  # of the mean of squares, times lambda
+    assert slopes["pixels"].abs().max() == 0
+    torch.testing.assert_close(slopes["latents"], size * batch.latents.sign(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "lora"),
     [
         ("sd_folder", {}, {"student": LORA}),
+        ("sd_folder", {"distill_in": "latents", "image_condition": False}, {}),
         ("sd3_folder", {"layers": (2,), "image_condition": False, "r1_weight": 0.0}, {}),
     ],
-    ids=["lora", "flow"],
+    ids=["lora", "latents", "flow"],
 )
 def test_a_turn_leaves_gradients_and_changes_on_its_own_roles_only(
     family: str, options: dict[str, Any], lora: Any, request: pytest.FixtureRequest
@@ -245,7 +268,7 @@ def test_a_turn_leaves_gradients_and_changes_on_its_own_roles_only(
         moved = {name.partition("/")[0] for name in before if not torch.equal(before[name], after[name])}
         assert moved == set(phase.updates)
         assert all(values[f"{role}/gradient_norm"] > 0 for role in phase.updates)
-        assert ("r1" in values) == (phase.name == "discriminator" and not options)
+        assert ("r1" in values) == (phase.name == "discriminator" and trainer.objective.r1_weight > 0)
         assert all(p.grad is None for p in trainer.cast.family.network().parameters())
 
 

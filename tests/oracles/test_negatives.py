@@ -14,9 +14,12 @@ from torch import Tensor
 from stepdistill.attention import NASA
 from stepdistill.condition import Condition
 from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
+from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
 from stepdistill.objectives import negatives
 from stepdistill.objectives.base import Step
+from stepdistill.objectives.esd import ESD
 from stepdistill.objectives.matching import draw_guidance
 from stepdistill.objectives.negatives import steered_student
 from stepdistill.objectives.vsd import VSD
@@ -165,6 +168,36 @@ def test_a_pool_may_be_a_file(strengths: list[float], tmp_path: Path) -> None:
     file.write_text("red\n\nblue\n")
     _, roles = student_gradient(VSD(negatives=str(file)))
     assert set(roles.texts) == {"red", "blue"}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("dit", r"^negatives: this teacher is conditioned on classes, and on no text .*set negatives: \[\]$"),
+        ("sd3", r"^negatives: a student is trained with NASA, .*joint attention.*set negatives: \[\], .*--nag"),
+    ],
+)
+def test_a_teacher_whose_student_cannot_be_steered_is_told_with_the_option(teacher: str, message: str) -> None:
+    family = load_family(f"tiny:{teacher}")
+    trainer = trainer_of(family, VSD(negatives=POOL), texts=("1", "2", "3"))
+    with pytest.raises(UserError, match=message):
+        trainer.run()
+
+
+def test_esd_without_entropy_is_vsd_with_the_same_negatives_to_the_bit(sd: ModelFamily) -> None:
+    def losses(objective: VSD | ESD) -> list[float]:
+        trainer = trainer_of(sd, objective)
+        batch, found = trainer.batches.next("prompts", 2), []
+        for phase in objective.phases(0):
+            torch.manual_seed(3)
+            found.append(phase.loss(trainer.cast, batch, Step(4)).total.item())
+        return found
+
+    same: dict[str, Any] = {"guidance": (1.0, 4.0), "condition_dropout": 0.0}
+    with_them = losses(ESD(entropy=0.0, negatives=POOL, **same))
+    assert with_them == losses(VSD(guide_critic=False, negatives=POOL, **same))
+    without = losses(ESD(entropy=0.0, **same))
+    assert all(one != other for one, other in zip(with_them, without, strict=True))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -101,24 +101,27 @@ def test_a_strength_of_zero_is_the_stock_processor_bit_by_bit(rule: Any, kind: s
 
 @torch.no_grad()
 def test_the_prompt_as_its_own_negative_leaves_one_minus_alpha_of_it() -> None:
-    layer = transparent(cross_layer())
-    image, text = drawn(2, IMAGE, DIM), drawn(2, TEXT, WIDTH, seed=1)
+    layer = transparent(cross_layer()).double()
+    image, text = drawn(2, IMAGE, DIM).double(), drawn(2, TEXT, WIDTH, seed=1).double()
     plain = layer(image, encoder_hidden_states=text)
-    torch.testing.assert_close(steered_output(layer, NASA(0.3), text, text, image), 0.7 * plain)
+    for rule, left in ((NASA(0.3), 0.7), (NASA(1.0), 0.0), (NAG(3.0), 1.0)):
+        found = steered_output(layer, rule, text, text, image)
+        torch.testing.assert_close(found, left * plain, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
 def test_equal_negative_values_are_subtracted_for_any_query() -> None:
     """Attention weights sum to 1, so equal rows u of V- give Z = Z+ - alpha u, whatever the keys are."""
-    layer = transparent(cross_layer())
+    layer = transparent(cross_layer()).double()
     layer.to_v.weight[:, 0] = 0  # values do not see the first feature, keys do
-    negative = drawn(1, 1, WIDTH, seed=2).expand(2, NEGATIVE, WIDTH).clone()
+    negative = drawn(1, 1, WIDTH, seed=2).double().expand(2, NEGATIVE, WIDTH).clone()
     negative[..., 0] = drawn(2, NEGATIVE, seed=3)
-    text, u = drawn(2, TEXT, WIDTH, seed=1), layer.to_v(negative)[0, 0]
+    text, u = drawn(2, TEXT, WIDTH, seed=1).double(), layer.to_v(negative)[0, 0]
     for seed in (4, 5):
-        image = drawn(2, IMAGE, DIM, seed=seed)
+        image = drawn(2, IMAGE, DIM, seed=seed).double()
         plain = layer(image, encoder_hidden_states=text)
-        torch.testing.assert_close(steered_output(layer, NASA(0.7), text, negative, image), plain - 0.7 * u)
+        found = steered_output(layer, NASA(0.7), text, negative, image)
+        torch.testing.assert_close(found, plain - 0.7 * u, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ def test_one_run_measures_every_objective_and_keeps_other_rows(sd_folder: str, t
     assert [row["model"] for row in rows] == ["vsd, LoRA", "dmd2_gan, LoRA"]
     for row in rows:
         assert row["ratio"] > 0
+        assert row["process_ratio"] > 0
         assert row["seconds_per_iteration"] > 0
         assert row["peak_gib"] is None or 0.05 < row["peak_gib"] < 64
 
