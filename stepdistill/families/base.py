@@ -31,6 +31,8 @@ class ModelFamily(ABC):
         stored: whether plain Diffusers finds the same pipeline at `path`: no single file, nothing merged into it.
 
     Attributes:
+        quantised: how the network's linear layers are kept, if with fewer bits than a floating-point number has.
+        plain_fingerprint: the fingerprint of the network before it was quantised, where anybody will ask for it.
         name: the family's name in `stepdistill list`.
         pipeline_class: the stock pipeline class it serves.
         network_component: which component denoises, "unet" or "transformer".
@@ -73,6 +75,8 @@ class ModelFamily(ABC):
         self.pipeline = pipeline
         self.path = path
         self.stored = stored
+        self.quantised: str | None = None
+        self.plain_fingerprint: str | None = None
         self.schedule, self.kind = from_scheduler_config(
             # a scheduler made in memory does not name its class in its configuration
             {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
