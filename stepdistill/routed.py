@@ -25,7 +25,7 @@ from stepdistill.assets import resolve_model_path
 from stepdistill.errors import UserError, first_line
 from stepdistill.labels import class_label
 from stepdistill.partition import Embedder, Partition, Router, load_partition
-from stepdistill.stock_files import loading_errors, reason
+from stepdistill.stock_files import loading_errors, reason, stock_pipeline
 
 
 NOTICEABLE = 0.005  # share of a student's change; less than that is rounding, to the percent that is told
@@ -319,10 +319,8 @@ def _tell_losses(loras: Sequence[Path]) -> None:
 
 
 def _loaded(path: str, dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
-
     try:
-        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        return stock_pipeline(path, dtype=dtype)
     except loading_errors() as error:
         raise UserError(f"{path}: cannot be loaded as a Diffusers pipeline ({reason(path, error)})") from error
 
