@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -237,5 +238,13 @@ class ModelFamily(ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents => images (B, 3, H, W) in [0, 1]."""
         vae = self.pipeline.vae
-        images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + self.latent_shift).sample
+        with _without_fp16(latents.device.type):
+            images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + self.latent_shift).sample
         return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _without_fp16(device_type: str) -> AbstractContextManager[object]:
+    """Inside, no autocast turns anything into fp16, which autoencoders such as Stable Diffusion XL's overflow."""
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
