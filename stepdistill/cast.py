@@ -100,11 +100,11 @@ class Cast:
         self._seed = seed
         beside = adapter_roles(roles, lora)
         apart = networks - beside.keys() - self.lora.keys()
-        copies = {name: self._copy_of_teacher(name) for name in roles if name in apart}
+        self._weights: dict[str, Weights] = {name: self._own(name, sharding) for name in roles if name in apart}
+        copies = [weights.network for weights in self._weights.values()]
         self.shared = SharedNetwork(family.network())
-        self._weights: dict[str, Weights] = {name: OwnWeights(network) for name, network in copies.items()}
         for name, role in roles.items():
-            if name not in copies and not isinstance(role, Head):
+            if name not in apart and not isinstance(role, Head):
                 if name in self.lora:
                     self.shared.add(name, self.lora[name], seed)
                 self._weights[name] = AdapterWeights(self.shared, name if name in self.lora else None)
@@ -119,9 +119,7 @@ class Cast:
         self.parked: dict[str, dict[str, Tensor]] = {}
         self._begin(starts or {}, kinds)
         if checkpointing:
-            self._enable_checkpointing(copies.values())
-        if sharding is not None:  # last: what is divided is no longer written to by its plain names
-            self._weights.update({name: sharding.shard(network) for name, network in copies.items()})
+            self._enable_checkpointing(copies)
 
     def denoiser(self, role: str, *, renamed: bool = True) -> Denoiser:
         """The view of one role; if not `renamed`, of the role itself, whoever plays it in this view of the cast."""
@@ -272,6 +270,11 @@ class Cast:
         attached = AttachedAdapter(self.shared.network, build_adapter(self.shared.network, settings, seed)).install()
         self.shared.replay_also(attached.capture)
         return BesideWeights(AdapterWeights(self.shared, None), attached)
+
+    def _own(self, role: str, sharding: Sharding | None) -> Weights:
+        """A network of a role's own, divided at once: no device holds a second whole one beside the teacher."""
+        network = self._copy_of_teacher(role)
+        return OwnWeights(network) if sharding is None else sharding.shard(network)
 
     def _copy_of_teacher(self, role: str | None = None) -> nn.Module:
         """A plain network with the teacher's weights, of the shape and with the inputs that a role asks for."""

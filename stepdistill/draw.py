@@ -78,10 +78,7 @@ def draw(
     Raises:
         UserError: the model cannot be loaded or steered, or a negative prompt would have no effect.
     """
-    scale = model.guidance_scale if model.base is None else max(model.guidance_scale, model.base_guidance)
-    if avoid is not None and avoid.rule is None and scale <= 1:
-        raise UserError(f"a negative prompt does nothing at guidance scale {scale:g}; say how strongly it is to act, "
-                        "with --nasa 0.3 or --nag 2")  # fmt: skip
+    _check_options(model, avoid)
     pipeline: Any = generate.load_pipeline(model, device=device)
     stock = pipeline.stock if isinstance(pipeline, RoutedPipeline) else pipeline
     steering: AbstractContextManager[object] = nullcontext()
@@ -105,9 +102,24 @@ def draw(
             yield file
         if trace:
             file = output / f"{number:03d}-{_slug(prompt)}-{seed}-trace.png"
-            seen.picture(pipeline, count).save(file)
+            seen.picture(pipeline, count, images[0].size).save(file)
             seen.clear()
             yield file
+
+
+def _check_options(model: ModelUnderTest, avoid: Avoid | None) -> None:
+    """Raises UserError where a negative prompt would have no effect, or could not be put into effect."""
+    if avoid is None:
+        return
+    if avoid.rule is not None and model.base is not None:
+        raise UserError("--nasa and --nag steer one network, and with --base two make an image; leave them out, and "
+                        "the negative prompt acts where guidance does (--base-guidance 3), or leave out "
+                        "--base")  # fmt: skip
+    scale = model.guidance_scale if model.base is None else max(model.guidance_scale, model.base_guidance)
+    if avoid.rule is None and scale <= 1:
+        remedy = "say how strongly it is to act, with --nasa 0.3 or --nag 2"
+        remedy = remedy if model.base is None else "give the base some, with --base-guidance 3"
+        raise UserError(f"a negative prompt does nothing at guidance scale {scale:g}; {remedy}")
 
 
 def _check_it_acts(pipeline: DiffusionPipeline) -> None:

@@ -310,7 +310,9 @@ def load_partition(folder: Path, rule: str | None = None) -> Partition:
         if kind == "rule":
             if rule is None or content["rule"] != rule:
                 raise UserError(f"{folder}: its prompts are divided by {content['rule']!r}, Python code of its maker; "
-                                f"if you have that code and trust it, give rule={content['rule']}")  # fmt: skip
+                                f"if you have that code and trust it, name it: stepdistill sample --rule "
+                                f"{content['rule']}, rule={content['rule']} behind a model of stepdistill bench and "
+                                "in Python")  # fmt: skip
             return ByRule.named(rule, students)
         if kind == "classes":
             return ByClass(students, tuple(int(number) for number in content["table"]))

@@ -133,18 +133,26 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def labelled_grid(rows: dict[str, Tensor], captions: Sequence[str], cell: int = 128) -> Image.Image:
-    """Rows of images (B, 3, H, W) with their names at the left and the captions above the columns."""
+    """Rows of images (B, 3, H, W) with their names at the left and the captions above the columns.
+
+    Args:
+        rows: images of one size, by name.
+        captions: of the columns.
+        cell: the longer side of a picture, in pixels.
+    """
     margin, head, pad = 76, 48, 4
-    canvas = Image.new("RGB", (margin + len(captions) * (cell + pad), head + len(rows) * (cell + pad)), "white")
+    sides = next(iter(rows.values())).shape[-2:] if rows else (1, 1)
+    tall, wide = (max(1, round(cell * side / max(sides))) for side in sides)
+    canvas = Image.new("RGB", (margin + len(captions) * (wide + pad), head + len(rows) * (tall + pad)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=11)
     for column, caption in enumerate(captions):
-        draw.multiline_text((margin + column * (cell + pad), 2), wrap(caption, 21), fill="black", font=font, spacing=1)
+        draw.multiline_text((margin + column * (wide + pad), 2), wrap(caption, 21), fill="black", font=font, spacing=1)
     for line, (name, images) in enumerate(rows.items()):
-        top = head + line * (cell + pad)
-        draw.text((4, top + cell // 2 - 6), name, fill="black", font=font)
+        top = head + line * (tall + pad)
+        draw.text((4, top + tall // 2 - 6), name, fill="black", font=font)
         for column, image in enumerate(images):
-            picture = to_pil(image).resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(picture, (margin + column * (cell + pad), top))
+            picture = to_pil(image).resize((wide, tall), Image.Resampling.NEAREST)
+            canvas.paste(picture, (margin + column * (wide + pad), top))
     return canvas
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,9 +25,10 @@ from stepdistill.assets import resolve_model_path
 from stepdistill.errors import UserError, first_line
 from stepdistill.labels import class_label
 from stepdistill.partition import Embedder, Partition, Router, load_partition
-from stepdistill.stock_files import loading_errors, reason
+from stepdistill.stock_files import loading_errors, reason, stock_pipeline
 
 
+NOTICEABLE = 0.005  # share of a student's change; less than that is rounding, to the percent that is told
 STUDENTS_FILE = "students.json"
 FORMAT = 1
 NETWORKS = ("unet", "transformer")
@@ -210,7 +212,8 @@ def load_students(
     Args:
         folder: the run's.
         rule: the function that divides the prompts, "package.module:function", if they are divided by one.
-        base: the pipeline that the students are LoRAs on: one network and K adapters instead of K networks.
+        base: the pipeline that the students are LoRAs on: one network and K adapters instead of K networks. Warns if
+            they were trained with all their weights, of which the LoRAs beside them keep a part.
         dtype: of all weights; prompts are divided in float32 in any case.
         device: torch device.
 
@@ -218,7 +221,7 @@ def load_students(
         UserError: the folder holds no students, one of them cannot be loaded, or the rule was not given.
     """
     folder = Path(folder)
-    places = _places(folder)
+    places = student_folders(folder)
     partition: Partition = load_partition(folder, rule)
     if partition.students != len(places):
         raise UserError(f"{folder}: {len(places)} students, but its prompts are divided among {partition.students}; "
@@ -229,7 +232,12 @@ def load_students(
     return RoutedPipeline(stock, Router(partition, embedder))
 
 
-def _places(folder: Path) -> list[Path]:
+def student_folders(folder: Path) -> list[Path]:
+    """The pipelines of the students in a folder, in the partition's order.
+
+    Raises:
+        UserError: there are none, or they do not lie in it.
+    """
     file = folder / STUDENTS_FILE
     try:
         names = json.loads(file.read_text(encoding="utf-8"))["students"]
@@ -267,6 +275,7 @@ def _with_adapters(places: Sequence[Path], base: str, dtype: torch.dtype) -> Any
     folders = [place.parent / "lora" for place in places]
     scheduler = folders[0] / "scheduler"
     names = [f"student-{number}" for number in range(len(places))]
+    _tell_losses(folders)
     try:
         for name, lora in zip(names, folders, strict=True):
             stock.load_lora_weights(lora, adapter_name=name, use_safetensors=True)
@@ -290,11 +299,28 @@ def _with_adapters(places: Sequence[Path], base: str, dtype: torch.dtype) -> Any
     return stock
 
 
-def _loaded(path: str, dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
+def _tell_losses(loras: Sequence[Path]) -> None:
+    """Warns of LoRAs that were made of students with full weights, and lost much of what these had learnt."""
+    from stepdistill.export.pipeline import FACTS_FILE
 
+    lost = {}
+    for lora in loras:
+        try:
+            facts = json.loads((lora / FACTS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # without facts nothing is known; a LoRA that is missing is told of by whoever loads it
+        if facts.get("residual", 0.0) > NOTICEABLE:
+            lost[lora.parent.name] = facts["residual"]
+    if lost:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in lost.items())
+        warnings.warn(f"base: these students were trained with all their weights, of whose change their LoRAs lost a "
+                      f"part ({shares}), so that they draw other images; leave base away for the students as trained, "
+                      "or train them with weights: {lora: ...}", stacklevel=4)  # fmt: skip
+
+
+def _loaded(path: str, dtype: torch.dtype) -> Any:
     try:
-        return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        return stock_pipeline(path, dtype=dtype)
     except loading_errors() as error:
         raise UserError(f"{path}: cannot be loaded as a Diffusers pipeline ({reason(path, error)})") from error
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
+STAND_IN = "FunnelBaseModel"  # for T5
 SINGLE_FILE = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 LEFT_OUT = {"safety_checker": None, "feature_extractor": None}  # of Stable Diffusion: they judge images, not make them
@@ -85,6 +86,54 @@ def pipeline_class(path: str, supported: Collection[str] | None, where: str = "t
 def left_out(kind: Any) -> dict[str, None]:
     """Components that a pipeline of this class is loaded without."""
     return LEFT_OUT if kind.__name__ == "StableDiffusionPipeline" else {}
+
+
+def stock_pipeline(path: str, kind: Any = None, *, dtype: Any, **options: Any) -> Any:
+    """A Diffusers folder or hub id => pipeline, from safetensors only.
+
+    Args:
+        path: of the folder, or the id.
+        kind: class of the pipeline; None: the one that its index names.
+        dtype: of all weights, or a mapping of components to types, "default" for those that it does not name.
+        options: components that are replaced, or None for those that are left out.
+
+    Raises:
+        Exception: of `loading_errors`, what Diffusers says to a folder that it cannot load.
+    """
+    from diffusers import DiffusionPipeline
+
+    parts = {name: part for name, part in _stand_ins(Path(path)).items() if name not in options}
+    absent = dict.fromkeys(parts)
+    pipeline = (kind or DiffusionPipeline).from_pretrained(
+        path, dtype=dtype, use_safetensors=True, **absent, **options
+    )  # fmt: skip
+    if parts:
+        types = dtype if isinstance(dtype, Mapping) else {"default": dtype}
+        pipeline.register_modules(**{
+            name: part.from_pretrained(
+                Path(path) / name, dtype=types.get(name, types.get("default")), use_safetensors=True
+            ).eval()
+            for name, part in parts.items()
+        })  # fmt: skip
+    return pipeline
+
+
+def _stand_ins(folder: Path) -> dict[str, Any]:
+    """Components of a folder that are of another class than their pipeline's code says, and made to be.
+
+    The bundled flow-matching teacher has a small encoder where T5 is. Diffusers loads it, and warns each time of a
+    type that it did not expect; loaded by itself and put in its place it is no surprise.
+    """
+    try:
+        content = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a hub id, or a folder of which Diffusers says what is wrong
+    names = [name for name, entry in content.items() if isinstance(entry, list) and entry[1:] == [STAND_IN]]
+    if not names:
+        return {}
+    import transformers
+
+    return dict.fromkeys(names, getattr(transformers, STAND_IN))
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------

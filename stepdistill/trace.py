@@ -35,34 +35,39 @@ class Trace:
         """Forgets them, before the next prompt."""
         self.calls.clear()
 
-    def images(self, pipeline: Any, count: int) -> list[Tensor]:
-        """The clean prediction of each call, decoded: (B, 3, H, W) in [0, 1] with B = `count`."""
-        return [decoded(pipeline, seen.x0[:count]) for seen in self.calls]
+    def images(self, pipeline: Any, count: int, size: tuple[int, int] | None = None) -> list[Tensor]:
+        """The clean prediction of each call, decoded: (B, 3, H, W) in [0, 1] with B = `count`; `size` as `decoded`."""
+        return [decoded(pipeline, seen.x0[:count], size) for seen in self.calls]
 
-    def picture(self, pipeline: Any, count: int) -> Image.Image:
-        """A row for each image and a column for each call, from noise to the finished image."""
-        steps = self.images(pipeline, count)
+    def picture(self, pipeline: Any, count: int, size: tuple[int, int] | None = None) -> Image.Image:
+        """A row for each image and a column for each call, from noise to the finished image; `size` as `decoded`."""
+        steps = self.images(pipeline, count, size)
         captions = [
             f"step {number} at {seen.timestep:g}" + (", base model" if seen.base else "")
             for number, seen in enumerate(self.calls, start=1)
         ]
         rows = {str(row): torch.stack([images[row] for images in steps]) for row in range(count)}
-        return labelled_grid(rows, captions, cell=min(max(SMALLEST, steps[0].shape[-1]), LARGEST))
+        return labelled_grid(rows, captions, cell=min(max(SMALLEST, *steps[0].shape[-2:]), LARGEST))
 
 
 @torch.no_grad()
-def decoded(pipeline: Any, latents: Tensor) -> Tensor:
+def decoded(pipeline: Any, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """Scaled latents => images (B, 3, H, W) in [0, 1], float32 on the CPU, as stock pipelines decode them.
 
+    Args:
+        pipeline: whose autoencoder decodes.
+        latents: (B, C, h, w), or FLUX's packed ones, (B, N, 4 C).
+        size: width and height of the images in pixels, which packed latents do not tell; None: they are square.
+
     Raises:
-        UserError: latents that are no pictures, or FLUX's packed ones of pictures that are not square.
+        UserError: latents that are no pictures, or packed ones of pictures of another size.
     """
     vae = pipeline.components.get("vae")
     if vae is not None and latents.ndim == 3:
-        latents = _of_square(latents, int(vae.config.latent_channels))
+        latents = _unpacked(latents, vae.config, size)
     if latents.ndim != 4 or vae is None:
         raise UserError(f"the latents of a {type(pipeline).__name__} cannot be decoded; --trace knows latents that "
-                        "are pictures, and FLUX's packed ones of square images: leave it out")  # fmt: skip
+                        "are pictures, and FLUX's packed ones of images of a known size: leave it out")  # fmt: skip
     shift = vae.config.get("shift_factor") or 0.0
     # Stable Diffusion XL's first autoencoder overflows in half precision; its pipeline decodes like this, too.
     overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
@@ -74,11 +79,13 @@ def decoded(pipeline: Any, latents: Tensor) -> Tensor:
     return (images / 2 + 0.5).clamp(0, 1).float().cpu()
 
 
-def _of_square(tokens: Tensor, channels: int) -> Tensor:
-    """FLUX's packed latents (B, N, 4 C) of a square image => (B, C, H, W); others are returned as they are."""
+def _unpacked(tokens: Tensor, config: Any, size: tuple[int, int] | None) -> Tensor:
+    """FLUX's packed latents (B, N, 4 C) => (B, C, H, W); those that are not of this size are returned as they are."""
     from stepdistill.families.flux import PATCH, unpacked
 
+    step = 2 ** (len(config.block_out_channels) - 1) * PATCH  # pixels of a token's side
     side = math.isqrt(tokens.shape[1])
-    if side**2 != tokens.shape[1] or tokens.shape[2] != channels * PATCH**2:
+    width, height = (side, side) if size is None else (size[0] // step, size[1] // step)
+    if width * height != tokens.shape[1] or tokens.shape[2] != int(config.latent_channels) * PATCH**2:
         return tokens
-    return unpacked(tokens, side, side)
+    return unpacked(tokens, height, width)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, first_line
 from stepdistill.routed import RoutedPipeline, is_routed, load_students
-from stepdistill.stock_files import load_single_file
+from stepdistill.stock_files import load_single_file, stock_pipeline
 
 
 if TYPE_CHECKING:
@@ -32,13 +32,11 @@ def open_pipeline(model: ModelUnderTest, path: str, dtype: torch.dtype) -> Any:
         UserError: students or one file that cannot be loaded.
         Exception: of `stock_files.loading_errors`, what Diffusers says to a folder that it cannot load.
     """
-    from diffusers import DiffusionPipeline
-
     if is_routed(path):
         return _load_several(model, path, dtype)
     if Path(path).is_file():
         return load_single_file(Path(path), model.config, where=model.name, key="config", dtype=dtype, download=True)
-    return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    return stock_pipeline(path, dtype=dtype)
 
 
 def _load_several(model: ModelUnderTest, folder: str, dtype: torch.dtype) -> Any:

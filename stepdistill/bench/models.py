@@ -19,6 +19,7 @@ from stepdistill.bench.metrics.weights import fingerprint
 from stepdistill.bench.own_copies import read_image
 from stepdistill.errors import UserError
 from stepdistill.inspection.tensors import read_header, takes_guidance
+from stepdistill.routed import is_routed, student_folders
 
 
 ANY_FILE = ".gitattributes"
@@ -53,6 +54,8 @@ def doubles(model: ModelUnderTest) -> bool:
     if model.guidance_scale <= 1 or model.adapter is not None:
         return False
     path = resolve_bundled(model.path)
+    if is_routed(path):
+        path = str(student_folders(Path(path))[0])  # they are of one architecture
     if Path(path).is_file():
         return not takes_guidance(read_header(Path(path)).shapes)
     for part in ("unet", "transformer"):

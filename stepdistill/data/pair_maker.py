@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from stepdistill.adapters import HALF
 from stepdistill.data.cache import fingerprint_of
 from stepdistill.data.pairs import (
     INDEX,
@@ -122,6 +123,7 @@ def make_pairs(
 class _Maker:
     def __init__(self, family: ModelFamily, prompts: PromptSet, folder: Path, settings: PairSettings) -> None:
         self._family, self._prompts, self._folder, self._settings = family, prompts, folder, settings
+        _check_precision(family, settings)
         self._count = settings.count or len(prompts)
         self._shard_size = settings.shard_size
         self._shape = family.latent_shape(settings.size)
@@ -140,6 +142,7 @@ class _Maker:
             # Named where they are used only, so that pairs without them keep their fingerprint.
             **({"predictions": True} if settings.predictions else {}),
             **({"storage": settings.storage} if settings.storage != "fp32" else {}),
+            **({"network kept as": family.quantised} if family.quantised else {}),
             **{f"sampler.{name}": value for name, value in self._sampler.facts.items()},
         }
         self._facts: dict[str, Any] = json.loads(json.dumps(facts))  # as they will be read again
@@ -239,3 +242,12 @@ class _Maker:
             new.replace(path)
         finally:
             new.unlink(missing_ok=True)
+
+
+def _check_precision(family: ModelFamily, settings: PairSettings) -> None:
+    """Raises UserError for weights in half precision where nothing turns what goes into them into the same type."""
+    dtype = next(p.dtype for p in family.network().parameters() if p.is_floating_point())
+    if dtype in HALF and settings.precision == "fp32":
+        raise UserError(f"precision: the teacher's weights are in {str(dtype).removeprefix('torch.')}, with which "
+                        "nothing is computed in float32; make the pairs with precision=bf16, or set memory.base: "
+                        "fp32")  # fmt: skip

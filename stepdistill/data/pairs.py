@@ -317,7 +317,7 @@ def teacher_facts(family: ModelFamily, size: int | None) -> dict[str, Any]:
     texts = hashlib.sha256("".join(map(weights_fingerprint, family.text_modules().values())).encode()).hexdigest()
     return {
         "format": FORMAT,
-        "teacher": weights_fingerprint(family.network()),
+        "teacher": family.plain_fingerprint or weights_fingerprint(family.network()),
         "text encoders": texts,
         "latent shape": list(family.latent_shape(size)),
     }

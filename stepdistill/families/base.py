@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,8 @@ class ModelFamily(ABC):
         stored: whether plain Diffusers finds the same pipeline at `path`: no single file, nothing merged into it.
 
     Attributes:
+        quantised: how the network's linear layers are kept, if with fewer bits than a floating-point number has.
+        plain_fingerprint: the fingerprint of the network before it was quantised, where anybody will ask for it.
         name: the family's name in `stepdistill list`.
         pipeline_class: the stock pipeline class it serves.
         network_component: which component denoises, "unet" or "transformer".
@@ -73,6 +76,8 @@ class ModelFamily(ABC):
         self.pipeline = pipeline
         self.path = path
         self.stored = stored
+        self.quantised: str | None = None
+        self.plain_fingerprint: str | None = None
         self.schedule, self.kind = from_scheduler_config(
             # a scheduler made in memory does not name its class in its configuration
             {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
@@ -233,5 +238,13 @@ class ModelFamily(ABC):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents => images (B, 3, H, W) in [0, 1]."""
         vae = self.pipeline.vae
-        images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + self.latent_shift).sample
+        with _without_fp16(latents.device.type):
+            images: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + self.latent_shift).sample
         return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _without_fp16(device_type: str) -> AbstractContextManager[object]:
+    """Inside, no autocast turns anything into fp16, which autoencoders such as Stable Diffusion XL's overflow."""
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16:
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -22,6 +22,7 @@ from stepdistill.stock_files import (
     pipeline_class,
     reason,
     single_file_config,
+    stock_pipeline,
 )
 
 
@@ -91,7 +92,7 @@ def load_pipeline(
                         "configuration of its own; leave it out")  # fmt: skip
     kind = pipeline_class(path, supported)
     try:
-        loaded: DiffusionPipeline = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **left_out(kind))
+        loaded: DiffusionPipeline = stock_pipeline(path, kind, dtype=dtype, **left_out(kind))
     except loading_errors() as error:
         raise UserError(f"teacher: {path} could not be loaded: {reason(path, error)}") from error
     return loaded

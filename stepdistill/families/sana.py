@@ -8,12 +8,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad, relu
 
 from stepdistill.condition import Condition
 from stepdistill.errors import UserError
 from stepdistill.families.base import ATTENTION_TARGETS, ModelFamily
 from stepdistill.families.smaller import Plan, transformer_plan
 from stepdistill.network_shape import NetworkShape
+
+
+FP16_RANGE = (-65504, 65504)
+
+
+class WideLinearAttention:
+    """Sana's linear attention, summed over all tokens in float32 as by Diffusers' own processor, also under autocast.
+
+    Diffusers converts queries, keys and values to float32, but the products of these would be rounded again by an
+    autocast around them, and in fp16 the sums over the tokens of a large image leave its range.
+    """
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        """(B, N, D) => (B, N, D); no text has a part in it, so further arguments stay unused."""
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            # (B, heads, D / heads, N) each; a row of ones under the values adds up the weights of every query.
+            q, k, v = (x.float().transpose(1, 2).unflatten(1, (attn.heads, -1)) for x in (query, key, value))
+            v = pad(v, (0, 0, 0, 1), value=1.0)
+            sums = v @ relu(k).transpose(2, 3) @ relu(q)
+            mixed = sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)
+        output: Tensor = attn.to_out[1](attn.to_out[0](mixed.flatten(1, 2).transpose(1, 2).to(hidden_states.dtype)))
+        return output.clip(*FP16_RANGE) if output.dtype == torch.float16 else output
+
+
+def widen(network: nn.Module) -> nn.Module:
+    """The same network, whose linear attention stays in float32 under autocast."""
+    from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
+
+    for layer in network.modules():
+        if isinstance(layer, Attention) and type(layer.processor) is SanaLinearAttnProcessor2_0:
+            layer.set_processor(WideLinearAttention())
+    return network
 
 
 class Sana(ModelFamily):
@@ -29,6 +65,13 @@ class Sana(ModelFamily):
     scales_noise = False
     # Convolutions of one pixel are the outer layers of the feed-forward part; the one between them is depthwise.
     lora_targets = (*ATTENTION_TARGETS, "conv_inverted", "conv_point", "time_embed.linear", "proj_out")
+
+    def __init__(self, pipeline: Any, path: str, *, stored: bool = True) -> None:
+        super().__init__(pipeline, path, stored=stored)
+        widen(self.network())
+
+    def plain_network(self, *, embeds_guidance: bool = False, shape: NetworkShape | None = None) -> nn.Module:
+        return widen(super().plain_network(embeds_guidance=embeds_guidance, shape=shape))
 
     @property
     def feature_layers(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from stepdistill.data.cache import weights_fingerprint
 from stepdistill.denoiser import uncompile
 from stepdistill.errors import UserError
 from stepdistill.guidance.attached import adapters_of
@@ -68,18 +69,29 @@ def open_teacher(recipe: Recipe, device: str) -> ModelFamily:
 
     family = load_family(recipe.teacher, dtype=loading_types(recipe.memory), **recipe.teacher_options())
     family.at_size(recipe.data.size)
-    prepare_teacher(family, recipe.memory, device)
+    pairs = recipe.data.pairs is not None or recipe.data.make_pairs is not None
+    prepare_teacher(family, recipe.memory, device, pairs=pairs)
     return family
 
 
-def prepare_teacher(family: ModelFamily, memory: MemoryConfig, device: str = "cpu") -> None:
+def prepare_teacher(family: ModelFamily, memory: MemoryConfig, device: str = "cpu", *, pairs: bool = False) -> None:
     """What is done to a teacher on the host before there are roles: quantising, and what of it lives where.
 
     The device never holds more than in training: a network that is quantised arrives there layer by layer, and
     encoders that are parked do not go there first.
+
+    Args:
+        family: on the host.
+        memory: what to do.
+        device: where it will compute.
+        pairs: whether pairs are read or made, which are known by the weights that the teacher has before.
     """
     network = family.network()
     if memory.quantised:
+        family.quantised = memory.base
+        # Only for pairs, since this reads all weights; and now, since quantised ones are not the teacher's any more,
+        # depend on the package's version, and some kinds of them cannot be read byte by byte.
+        family.plain_fingerprint = weights_fingerprint(network) if pairs else None
         quantise(network, memory.base, device)
     network.to(device)
     for component in family.pipeline.components.values():

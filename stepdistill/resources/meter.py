@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,6 +103,7 @@ WIDE: frozenset[Any] = frozenset({
     Tensor.cumsum, torch.norm, Tensor.norm, F.softplus, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss,
     F.cosine_similarity, F.normalize,
 })  # fmt: skip
+NORMS: frozenset[Any] = frozenset({F.group_norm, F.layer_norm})
 VALUES: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.item: _value,
     Tensor.__float__: lambda _: 1.0,
@@ -127,7 +129,30 @@ class ShapesOnly(TorchFunctionMode):
             return False
         if func in WIDE and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        if func in NORMS and _has_tangent(args[0] if args else kwargs["input"]):
+            return _norm_with_tangent(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _norm_with_tangent(
+    func: Callable[..., Tensor],
+    input: Tensor,
+    shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A norm, and then its weight and bias: all in one, torch puts the tangents of fakes on another device."""
+    output = func(input, shape, eps=eps)
+    for parameter, combine in ((weight, torch.mul), (bias, torch.add)):
+        if parameter is not None:
+            channels = (-1, *(1,) * (input.ndim - 2)) if func is F.group_norm else parameter.shape
+            output = combine(output, parameter.reshape(channels))
+    return output
 
 
 def _widened(tensor: Tensor) -> Tensor:

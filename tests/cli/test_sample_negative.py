@@ -26,6 +26,8 @@ def sample(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
         (["--negative-prompt", "red"], "does nothing at guidance scale 1; say how strongly it is to act"),
         (["--nasa", "0.3"], "add --negative-prompt TEXT"),
         (["--negative-prompt", "red", "--nasa", "0.3", "--nag", "2"], "two ways to do the same"),
+        (["--negative-prompt", "red", "--nag", "2", "--base", "x/y"], "leave them out, and the negative prompt"),
+        (["--negative-prompt", "red", "--base", "x/y", "--base-guidance", "1"], "give the base some, with"),
         (["--base-replaces", "1"], "base_replaces does nothing without a base; add --base MODEL"),
         (["--base-steps", "2"], "base_steps does nothing without a base; add --base MODEL"),
         (["--base-guidance", "3"], "base_guidance does nothing without a base; add --base MODEL"),

@@ -238,3 +238,22 @@ def test_what_is_no_pipeline_folder_is_refused(tmp_path: Path) -> None:
         load_family(str(tmp_path))
     with pytest.raises(UserError, match=r"nowhere.*no such file or folder"):
         load_family(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_images_are_decoded_in_full_where_half_precision_would_overflow(
+    sd: ModelFamily, precision: torch.dtype
+) -> None:
+    vae, seen = sd.pipeline.vae, []
+    hook = vae.decoder.conv_in.register_forward_hook(lambda _, given, output: seen.append(output.dtype))
+    latents = torch.randn(1, *sd.latent_shape(), generator=torch.Generator().manual_seed(0), requires_grad=True)
+    try:
+        with torch.autocast("cpu", precision):
+            images = sd.decode_latents(latents)
+            images.sum().backward()
+    finally:
+        hook.remove()
+    assert seen == [torch.float32 if precision == torch.float16 else precision]
+    assert latents.grad is not None and latents.grad.isfinite().all()
+    if precision == torch.float16:
+        assert torch.equal(images, sd.decode_latents(latents))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from stepdistill.adapters import LoraSettings, SharedNetwork
 from stepdistill.attention import NASA
 from stepdistill.bench.generate import ModelUnderTest, Painter, generate_images, load_pipeline
 from stepdistill.cast import RoleState
+from stepdistill.cli_models import parse_models
 from stepdistill.draw import Avoid, draw
 from stepdistill.errors import UserError
-from stepdistill.export.lora import export_lora
+from stepdistill.export.lora import difference_lora, export_lora
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.families import load_family
 from stepdistill.finish import merged_network
@@ -131,6 +133,34 @@ def test_adapters_on_one_network_draw_the_same(name: str, folders: dict[str, Pat
     ), "one network with two adapters instead of two networks"
 
 
+def test_loras_that_lost_a_part_of_fully_trained_students_are_told_of(
+    folders: dict[str, Path], tmp_path: Path, sd_folder: str
+) -> None:
+    family = load_family(sd_folder)
+    student = DiffusionPipeline.from_pretrained(folders["sd"] / "student-1" / "pipeline").unet
+    found = difference_lora(family.network(), student, rank=1)
+    shutil.copytree(folders["sd"], tmp_path / "run")
+    export_lora(
+        family, found.state, rank=1, alpha=1, folder=tmp_path / "run" / "student-1" / "lora", spec=ONE,
+        facts={"residual": found.residual},
+    )  # fmt: skip
+    assert found.residual > 0.1
+    lost = rf"all their weights, .* lost a part \(student-1 {found.residual:.0%}\).*leave base away"
+    with pytest.warns(UserWarning, match=lost), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # peft's, of any two adapters
+        together(tmp_path / "run", base=sd_folder)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("sd", [1]), ("flux", [1, 2])])
+def test_guidance_costs_several_students_what_it_costs_one_of_them(
+    name: str, steps: list[int], folders: dict[str, Path]
+) -> None:
+    cells = parse_models(f"all={folders[name]},guidance_scale=3,rule={RULE}", nfe=[1, 2])
+    assert [cell.steps for cell in cells] == steps
+    made = generate_images(load_pipeline(cells[-1]), PROMPTS, model=cells[-1], images_per_prompt=1, batch_size=3)
+    assert made.nfe == 2
+
+
 def test_the_students_share_everything_but_their_networks(folders: dict[str, Path]) -> None:
     pipe = together(folders["sd"])
     assert type(pipe.stock).__name__ == "StableDiffusionPipeline"
@@ -163,7 +193,7 @@ def test_what_goes_on_one_network_is_refused_for_several(folders: dict[str, Path
         model = ModelUnderTest("students", str(folders["sd"]), 1, 1.0, rule=RULE, **{option: sd_folder})
         with pytest.raises(UserError, match=f"several students, which have no use for {option}"):
             load_pipeline(model)
-    with pytest.raises(UserError, match="give rule="):
+    with pytest.raises(UserError, match=f"stepdistill sample --rule {RULE}, rule={RULE} behind a model"):
         load_pipeline(ModelUnderTest("students", str(folders["sd"]), 1, 1.0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from stepdistill.adapters import LoraSettings, SharedNetwork
+from stepdistill.bench.generate import ModelUnderTest, load_pipeline
 from stepdistill.cast import Cast
 from stepdistill.condition import Condition
 from stepdistill.data.images import ImageBatch
@@ -22,6 +24,7 @@ from stepdistill.denoiser import AdapterWeights, OwnWeights
 from stepdistill.discriminator import Discriminator
 from stepdistill.export.lora import difference_lora, export_lora
 from stepdistill.export.pipeline import export_pipeline
+from stepdistill.families import load_family
 from stepdistill.families.base import ModelFamily
 from stepdistill.families.sd3 import StableDiffusion3
 from stepdistill.finish import merged_network
@@ -256,3 +259,25 @@ def test_a_plain_network_computes_what_the_student_does(sd3: ModelFamily, weight
         merged = sd3.denoiser(OwnWeights(network))(X, TIMES, condition).native
     assert expected.abs().max() > 1e-2
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stand_in_for_t5_is_loaded_without_surprise(
+    sd3_folder: str, caplog: pytest.LogCaptureFixture, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    types = {"default": dtype, "vae": torch.float32}
+    family = load_family(sd3_folder, dtype=types)
+    routed = load_pipeline(ModelUnderTest("flow", sd3_folder, 1, 1.0))
+    assert not [record for record in caplog.records if "Expected types" in record.message]
+    plain = StableDiffusion3Pipeline.from_pretrained(sd3_folder, dtype=types)
+    assert "Expected types for text_encoder_3" in caplog.text, "what is not to be seen"
+    for pipeline in (family.pipeline, routed):
+        assert {name: type(part) for name, part in pipeline.components.items()} == (
+            {name: type(part) for name, part in plain.components.items()}
+        )
+    stand_in = family.pipeline.text_encoder_3
+    assert stand_in.dtype == dtype and not stand_in.training
+    for name, tensor in plain.text_encoder_3.state_dict().items():
+        assert torch.equal(stand_in.state_dict()[name], tensor)
+    family.pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["text_encoder_3"][1] == "FunnelBaseModel"

@@ -24,6 +24,8 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from stepdistill import cli
+from stepdistill.bench.generate import ModelUnderTest
+from stepdistill.draw import draw
 from stepdistill.errors import UserError
 from stepdistill.export.pipeline import export_pipeline
 from stepdistill.export.schedulers import family_scheduler, told_timesteps
@@ -133,11 +135,26 @@ def test_an_autoencoder_that_overflows_in_half_precision_decodes_in_full(sdxl_fo
     assert vae.dtype == torch.float16
 
 
-def test_packed_latents_of_no_square_are_refused(flux_folder: str) -> None:
+def test_packed_latents_of_another_size_are_refused(flux_folder: str) -> None:
     pipeline = pipeline_of(flux_folder)
     assert decoded(pipeline, torch.randn(1, 9, 16)).shape == (1, 3, 12, 12)
-    with pytest.raises(UserError, match="FLUX's packed ones of square images: leave it out"):
-        decoded(pipeline, torch.randn(1, 8, 16))
+    for size in (None, (16, 24)):
+        with pytest.raises(UserError, match="FLUX's packed ones of images of a known size: leave it out"):
+            decoded(pipeline, torch.randn(1, 8, 16), size)
+
+
+def test_flux_is_traced_at_any_size(flux_folder: str, tmp_path: Path) -> None:
+    seen, pipeline = Trace(), pipeline_of(flux_folder)
+    made = watched(pipeline, seen)(
+        ["a", "b"], num_inference_steps=2, height=16, width=32, generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images  # fmt: skip
+    last = seen.images(pipeline, 2, (32, 16))[-1]
+    torch.testing.assert_close(last.permute(0, 2, 3, 1), torch.from_numpy(made), rtol=0, atol=2e-4)
+    model = ModelUnderTest("flux", flux_folder, 2, 1.0, height=16, width=32)
+    image, trace = (Image.open(file) for file in draw(model, ["a"], tmp_path, trace=True))
+    assert image.size == (32, 16)
+    assert (trace.width - 76) // 2 == 128 + 4 and trace.height == 48 + 64 + 4, "pictures of the image's proportions"
 
 
 @pytest.mark.parametrize("name", ["sd", "dit"])

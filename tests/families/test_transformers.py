@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DiTPipeline, FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.adapters import LoraSettings, SharedNetwork
 from stepdistill.data.cache import conditions_fingerprint
@@ -267,6 +267,35 @@ def test_a_flux_students_schedule_is_what_its_pipeline_visits(
     assert told == pytest.approx(flux.schedule.sigma(grid(flux.schedule, FOUR, torch.device("cpu"))).tolist())
     with pytest.raises(UserError, match=r"no stock .* for example \[999, 499\]"):
         family_scheduler(flux, InferenceSpec((999, 799), sampler))
+
+
+def sana_answers(network: nn.Module, sana: ModelFamily, dtype: torch.dtype | None) -> Tensor:
+    """Under autocast, where a type is given."""
+    x = torch.randn(1, *sana.latent_shape(), generator=torch.Generator().manual_seed(0))
+    condition, time = sana.encode_prompts(["a"]), torch.tensor([500.0])
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        return sana.forward(network, x, time, condition).float()
+
+
+def test_sanas_linear_attention_is_summed_in_full_under_autocast(load: Callable[[str], ModelFamily]) -> None:
+    sana = load("sana")
+    stock = type(sana.network()).from_config(sana.network_config).eval()
+    stock.load_state_dict(sana.network().state_dict())
+    copy = sana.plain_network()
+    copy.load_state_dict(sana.network().state_dict())
+    assert torch.equal(sana_answers(copy, sana, None), sana_answers(stock, sana, None)), "the same without autocast"
+    networks = (sana.network(), copy, stock)
+    for network in networks:
+        for block in network.transformer_blocks:  # scales of the size that many tokens add up to
+            with torch.no_grad():
+                block.attn1.to_k.weight.mul_(300)
+                block.attn1.to_v.weight.mul_(300)
+                block.attn1.to_out[0].weight.div_(300)
+    exact = sana_answers(stock, sana, None)
+    assert not sana_answers(stock, sana, torch.float16).isfinite().all(), "what is to be kept from happening"
+    for network in networks[:2]:
+        error = (sana_answers(network, sana, torch.float16) - exact).square().mean() / exact.square().mean()
+        assert error.sqrt() < 0.01
 
 
 def test_sanas_prompts_come_behind_the_instruction_and_its_negative_ones_do_not(

@@ -16,10 +16,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from stepdistill.cast import Cast
 from stepdistill.checkpoint import Checkpoints, tensors_equal
 from stepdistill.data.latents import LatentBatch
+from stepdistill.denoiser import OwnWeights
 from stepdistill.families import load_family
 from stepdistill.objectives.dmd2 import DMD2
 from stepdistill.processes.sharding import Sharding, whole
@@ -223,3 +225,25 @@ def test_processes_that_have_drifted_apart_write_no_checkpoint(played: Path) -> 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(played: Path) -> None:
     first, second = (json.loads((played / f"told-{rank}.json").read_text())["stopped"] for rank in range(2))
     assert first == second == [2, 2]
+
+
+def test_a_network_is_divided_before_the_next_is_made(sd_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else each device would hold every role's network whole for a while, which it is to be spared."""
+    seen: list[str] = []
+
+    class Noting(Sharding):
+        def shard(self, network: nn.Module) -> Any:
+            seen.append("divided")
+            return OwnWeights(network)
+
+    family = load_family(sd_folder)
+    make_network = family.plain_network
+
+    def noted(**options: Any) -> nn.Module:
+        seen.append("made")
+        return make_network(**options)
+
+    monkeypatch.setattr(family, "plain_network", noted)
+    cast = Cast(family, DMD2().roles(), checkpointing=True, sharding=Noting(None))
+    assert {"student", "critic"} <= set(cast.trained)
+    assert seen == ["made", "divided"] * 2

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from typer.testing import CliRunner
 
 from stepdistill.cli import app
@@ -111,6 +112,27 @@ class TestMeter:
             assert norm.to(torch.bfloat16)(x).dtype == torch.bfloat16
             with ShapesOnly():
                 assert norm(x).dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        ("norm", "shape"), [(nn.GroupNorm(2, 4), (2, 4, 3, 3)), (nn.LayerNorm((3, 2)), (2, 4, 3, 2))]
+    )
+    def test_norms_have_tangents_without_values(self, norm: nn.Module, shape: tuple[int, ...]) -> None:
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        x, tangent = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+        def moved() -> torch.Tensor:
+            with forward_ad.dual_level():
+                output = norm(forward_ad.make_dual(x, tangent))
+                return forward_ad.unpack_dual(nn.functional.silu(output)).tangent
+
+        expected = moved()
+        with ShapesOnly():  # with values, to see that they are the same
+            found = moved()
+        torch.testing.assert_close(found, expected)
+        with without_values(fake_mode(), MemoryMeter()):
+            x, tangent = torch.rand(shape), torch.rand(shape)
+            assert moved().shape == shape
 
     def test_code_that_reads_values_runs_without_any(self) -> None:
         with without_values(fake_mode(), MemoryMeter()):
