@@ -114,9 +114,21 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
 
     _check_device(recipe)
     _check_request(recipe)
-    precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
-    handlers = [InitProcessGroupKwargs(timeout=PATIENCE)] if launched() else []
-    return Accelerator(mixed_precision=precision, cpu=recipe.device == "cpu", kwargs_handlers=handlers)
+    precision, cpu = {"fp32": "no"}.get(recipe.precision, recipe.precision), recipe.device == "cpu"
+    if launched():
+        patience = [InitProcessGroupKwargs(timeout=PATIENCE)]
+        return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=patience)
+    _forget_former_run(precision, cpu)
+    return Accelerator(mixed_precision=precision, cpu=cpu)
+
+
+def _forget_former_run(precision: str, cpu: bool) -> None:
+    """accelerate has one precision and device for a process; a second run in it, as in a notebook, has its own."""
+    from accelerate.state import AcceleratorState
+
+    former = AcceleratorState._shared_state
+    if former and (former["_mixed_precision"], former["_cpu"]) != (precision, cpu):
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def open_sharding(accelerator: Accelerator) -> Sharding | None:

@@ -178,6 +178,11 @@ def test_what_accelerate_cannot_do_for_several_networks_is_refused(
         open_accelerator(Recipe.load(recipe))
 
 
+def test_a_second_run_of_a_process_has_a_precision_of_its_own(recipe: Path) -> None:
+    for precision, known in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        assert open_accelerator(Recipe.load(recipe, [f"precision={precision}"])).mixed_precision == known
+
+
 def test_more_processes_than_gpus_are_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     told = refusal(str(recipe), "device=auto", "--num-processes", "2")
