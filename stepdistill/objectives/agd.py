@@ -13,7 +13,6 @@ from stepdistill.guidance.modules import AdapterSettings, Form
 from stepdistill.losses import ProgressiveWeighting, native_weight, weighted_mse
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
 from stepdistill.objectives.guidance import check_steps, even_timesteps, visited_of
-from stepdistill.prediction import Levels
 
 
 if TYPE_CHECKING:
@@ -75,5 +74,5 @@ class AGD:
         """|eps_{theta, A}(x_t, t, c, scale) - eps_guided|^2, in the network's own output; only A is trained."""
         place, student = visited_of(batch), cast.denoiser("student")
         said = student(place.x_t, place.t, batch.condition.with_guidance(place.guidance))
-        weight = native_weight(Levels.at(student.schedule, place.t, place.x_t), student.kind, self.weighting)
+        weight = native_weight(said.levels, said.kind, self.weighting)
         return Loss({"agd": weighted_mse(said.native, place.native, weight)})

@@ -27,6 +27,13 @@ def check_updates(name: str, value: int) -> None:
         raise UserError(f"{name} must be at least 1, got {value}")
 
 
+def check_weights(**weights: float) -> None:
+    """Raises UserError for a weight by which a term would be climbed instead of descended."""
+    for name, weight in weights.items():
+        if weight < 0:
+            raise UserError(f"{name} must not be negative, got {weight}; 0 switches the term off")
+
+
 def check_lead(value: int) -> None:
     """Raises UserError for a number of iterations that cannot be."""
     if value < 0:

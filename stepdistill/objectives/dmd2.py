@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.discriminator import Discriminator, Game
-from stepdistill.errors import UserError
 from stepdistill.losses import DmdWeighting, matching_direction, pseudo_loss
 from stepdistill.objectives.adversarial import Adversary
 from stepdistill.objectives.base import Batch, Frozen, Head, InferenceSpec, Loss, Phase, Role, Step, Trained
-from stepdistill.objectives.checks import check_lead, check_times, check_updates
+from stepdistill.objectives.checks import check_lead, check_times, check_updates, check_weights
 from stepdistill.objectives.matching import Guidance, critic_denoising, draw_guidance, renoise, rollout
 from stepdistill.times import LogNoise
 
@@ -73,9 +72,10 @@ class DMD2:
     misaligned_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("gan_weight", "discriminator_weight", "r1_weight", "misaligned_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}; 0 switches the term off")
+        check_weights(
+            gan_weight=self.gan_weight, discriminator_weight=self.discriminator_weight, r1_weight=self.r1_weight,
+            misaligned_weight=self.misaligned_weight,
+        )  # fmt: skip
         check_lead(self.critic_lead)
         check_times(self.t_min, self.t_max)
         check_updates("critic_updates", self.critic_updates)

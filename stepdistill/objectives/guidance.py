@@ -19,7 +19,7 @@ from stepdistill.losses import ProgressiveWeighting, native_weight, weighted_mse
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained, Visited
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.trajectory import sample_guidance
-from stepdistill.prediction import Levels, add_noise
+from stepdistill.prediction import add_noise
 from stepdistill.times import uniform_times
 
 
@@ -94,7 +94,7 @@ class GuidanceDistillation:
         student = cast.denoiser("student")
         told = batch.condition.with_guidance(place.guidance) if self.embed_guidance else batch.condition
         said = student(place.x_t, place.t, told)
-        weight = native_weight(Levels.at(student.schedule, place.t, place.x_t), student.kind, self.weighting)
+        weight = native_weight(said.levels, said.kind, self.weighting)
         return Loss({"guidance": weighted_mse(said.native, place.native, weight)})
 
     def _place(self, cast: Cast, batch: Batch) -> Visited:

@@ -29,7 +29,7 @@ from stepdistill.objectives.base import (
     Step,
     Trained,
 )
-from stepdistill.objectives.checks import check_share, check_times, check_updates
+from stepdistill.objectives.checks import check_share, check_times, check_updates, check_weights
 from stepdistill.objectives.matching import Guidance, draw_guidance, rollout
 from stepdistill.prediction import add_noise
 from stepdistill.sampling import Sampler
@@ -93,9 +93,9 @@ class SiD(GuidesCritic):
         check_times(self.t_min, self.t_max)
         check_updates("critic_updates", self.critic_updates)
         check_share("condition_dropout", self.condition_dropout)
-        for name in ("gan_weight", "discriminator_weight", "r1_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, got {getattr(self, name)}; 0 switches the term off")
+        check_weights(
+            gan_weight=self.gan_weight, discriminator_weight=self.discriminator_weight, r1_weight=self.r1_weight
+        )
         trained, *used = self.critic_scales
         away = [scale for scale in used if scale]
         if trained == 0 and away:

@@ -115,11 +115,10 @@ def open_accelerator(recipe: Recipe) -> Accelerator:
     _check_device(recipe)
     _check_request(recipe)
     precision, cpu = {"fp32": "no"}.get(recipe.precision, recipe.precision), recipe.device == "cpu"
-    if launched():
-        patience = [InitProcessGroupKwargs(timeout=PATIENCE)]
-        return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=patience)
-    _forget_former_run(precision, cpu)
-    return Accelerator(mixed_precision=precision, cpu=cpu)
+    if not launched():
+        _forget_former_run(precision, cpu)
+    patience = [InitProcessGroupKwargs(timeout=PATIENCE)] if launched() else []
+    return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=patience)
 
 
 def _forget_former_run(precision: str, cpu: bool) -> None:

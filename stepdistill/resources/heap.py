@@ -49,4 +49,8 @@ def _glibc() -> Any:
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)
-    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+    try:
+        _ = library.mallopt, library.malloc_trim  # musl has neither
+    except AttributeError:
+        return None
+    return library
