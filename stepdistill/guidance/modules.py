@@ -33,18 +33,26 @@ class AdapterSettings:
         frequency: standard deviation of the frequencies by which a scale is embedded, in turns per unit of scale.
         proportional: what is added is multiplied by scale - 1, as the correction of guidance is; then scale 1 is the
             network as it was, whatever has been learnt.
+        heads: of the form attention; the paper has one. More of them are free, and each chooses for itself which
+            token answers.
     """
 
     form: Form = "attention"
     width: int = 320
     frequency: float = 1.0
     proportional: bool = False
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.width < 2 or self.width % 2:
             raise UserError(f"width is {self.width}; it must be an even number of at least 2")
         if not self.frequency > 0:
             raise UserError(f"frequency is {self.frequency:g}; it must be above 0")
+        if self.heads < 1 or self.width % self.heads:
+            raise UserError(f"heads is {self.heads}; it must divide the width, which is {self.width}")
+        if self.heads > 1 and self.form == "offset":
+            raise UserError(f"heads is {self.heads}, but the form offset attends to nothing; leave heads out, or take "
+                            "the form attention")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,18 +113,25 @@ class ScaleEmbedding(nn.Module):
 class AttentionSite(nn.Module):
     """Tokens of a layer (B, N, C) ask what is wanted (B, L, h) => what is added to them (B, N, C); zero at first."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.query = nn.Linear(channels, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.out = _silent(nn.Linear(width, channels))
 
     def forward(self, x: Tensor, told: Told) -> Tensor:
-        # One head; softmax(q k^T / sqrt(h)) v.
-        key, value = self.key(told.wanted), self.value(told.wanted)
-        added: Tensor = self.out(scaled_dot_product_attention(self.query(x), key, value, attn_mask=told.kept))
+        # softmax(q k^T / sqrt(h / heads)) v in each head.
+        query, key, value = map(self._divided, (self.query(x), self.key(told.wanted), self.value(told.wanted)))
+        kept = None if told.kept is None else told.kept[:, None]
+        found = scaled_dot_product_attention(query, key, value, attn_mask=kept)
+        added: Tensor = self.out(found.transpose(1, 2).flatten(2))
         return added
+
+    def _divided(self, tokens: Tensor) -> Tensor:
+        """(B, L, h) => (B, heads, L, h / heads)."""
+        return tokens.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class OffsetSite(nn.Module):
@@ -151,8 +166,13 @@ class GuidanceAdapter(nn.Module):
         self.scale = ScaleEmbedding(width, settings.frequency)
         self.embeddings = nn.ModuleList(nn.Linear(size, width) for size in shape.embeddings)
         self.prompt = None if shape.tokens is None else nn.Linear(shape.tokens, width)
-        site = AttentionSite if settings.form == "attention" else OffsetSite
-        self.sites = nn.ModuleList(site(channels, width) for _, channels in shape.sites)
+        self.sites = nn.ModuleList(self._site(channels) for _, channels in shape.sites)
+
+    def _site(self, channels: int) -> nn.Module:
+        settings = self.settings
+        if settings.form == "offset":
+            return OffsetSite(channels, settings.width)
+        return AttentionSite(channels, settings.width, settings.heads)
 
     def tell(
         self, scale: Tensor, embeddings: Sequence[Tensor], tokens: Tensor | None, mask: Tensor | None = None

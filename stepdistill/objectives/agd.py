@@ -32,6 +32,7 @@ class AGD:
         frequency: standard deviation of the frequencies by which a scale is embedded, in turns per unit of scale; the
             paper's offset form has 1000.
         proportional: what is added is multiplied by scale - 1, as the correction of guidance is.
+        heads: of attention in every layer; the paper has one.
         weighting: of the squared error of the clean sample: "native", which makes it the paper's, that of what the
             network says; "truncated_snr", max(SNR, 1), or "snr_plus_one", which count the steps in most noise more.
         call_guidance: the scale that the adapter has until it is given another.
@@ -42,6 +43,7 @@ class AGD:
     width: int = 320
     frequency: float = 1.0
     proportional: bool = False
+    heads: int = 1
     weighting: ProgressiveWeighting = "native"
     call_guidance: float = 3.0
     steps: int = 25
@@ -53,7 +55,7 @@ class AGD:
     @property
     def adapter(self) -> AdapterSettings:
         """Size and form of the student."""
-        return AdapterSettings(self.form, self.width, self.frequency, self.proportional)
+        return AdapterSettings(self.form, self.width, self.frequency, self.proportional, self.heads)
 
     def roles(self) -> Mapping[str, Role]:
         return {"teacher": Frozen(), "student": Trained(adapter=self.adapter)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,14 @@ from stepdistill.families.tiny_pixart import tiny_pixart
 from stepdistill.guidance import ADAPTER_FILE
 from stepdistill.guidance.attached import AttachedAdapter
 from stepdistill.guidance.files import build_adapter, save_adapter
-from stepdistill.guidance.modules import AdapterSettings, AttentionShape, Form, GuidanceAdapter
+from stepdistill.guidance.modules import (
+    AdapterSettings,
+    AttentionShape,
+    AttentionSite,
+    Form,
+    GuidanceAdapter,
+    Told,
+)
 from stepdistill.guidance.wiring import wiring_of
 from stepdistill.objectives.agd import AGD
 from stepdistill.objectives.base import Frozen, Recorded, Trained
@@ -122,10 +130,34 @@ def test_a_trained_adapter_listens_to_scale_time_and_prompt(family: ModelFamily,
     assert (first() - here).abs().max() > 1e-4, "the scale"
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_padding_of_the_prompt_is_not_heard(form: Form) -> None:
+def plain_attention(site: AttentionSite, x: Tensor, wanted: Tensor, heads: int) -> Tensor:
+    """What a site adds, written out: each head has h / heads channels of its own, side by side."""
+    query, key, value = site.query(x), site.key(wanted), site.value(wanted)
+    size = query.shape[2] // heads
+    found = []
+    for head in range(heads):
+        q, k, v = (part[:, :, head * size : (head + 1) * size] for part in (query, key, value))
+        found.append(torch.softmax(q @ k.mT / math.sqrt(size), dim=2) @ v)
+    added: Tensor = site.out(torch.cat(found, dim=2))
+    return added
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_each_head_chooses_for_itself(heads: int) -> None:
     torch.manual_seed(0)
-    adapter = GuidanceAdapter(AdapterSettings(form, 8), AttentionShape((("attn2", 6),), (5,), 4))
+    site = AttentionSite(6, 8, heads).double()
+    scramble(dict(site.named_parameters()), seed=2)
+    x, wanted = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    expected = plain_attention(site, x, wanted, heads)
+    torch.testing.assert_close(site(x, Told(wanted, None)), expected, rtol=1e-10, atol=1e-12)
+    others = [plain_attention(site, x, wanted, other) for other in (1, 2, 4) if other != heads]
+    assert all((other - expected).abs().max() > 1e-4 for other in others)
+
+
+@pytest.mark.parametrize(("form", "heads"), [("attention", 1), ("attention", 4), ("offset", 1)])
+def test_padding_of_the_prompt_is_not_heard(form: Form, heads: int) -> None:
+    torch.manual_seed(0)
+    adapter = GuidanceAdapter(AdapterSettings(form, 8, heads=heads), AttentionShape((("attn2", 6),), (5,), 4))
     scramble(dict(adapter.sites.named_parameters()), seed=2)
     tokens, x, mask = torch.randn(2, 7, 4), torch.randn(2, 3, 6), torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0]])
     other = torch.where(mask.bool()[..., None], tokens, 9.0)
@@ -241,7 +273,8 @@ def file(sd: ModelFamily, tmp_path: Path) -> Iterator[Path]:
 def test_a_file_holds_every_bit_and_the_pipeline_stays_the_stock_one(
     family: ModelFamily, form: Form, tmp_path: Path
 ) -> None:
-    settings, prompt = AdapterSettings(form, 8), [3] if family.name == "dit" else "red"
+    settings = AdapterSettings(form, 8, heads=4 if form == "attention" else 1)
+    prompt = [3] if family.name == "dit" else "red"
     plain = image(family.pipeline, prompt)
     with attached(family, settings, 2.5) as adapter:
         wanted = image(family.pipeline, prompt)
@@ -425,7 +458,16 @@ def test_a_network_without_a_wiring_is_refused(sd: ModelFamily) -> None:
         build_adapter(sd.pipeline.vae, SMALL, seed=0)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"width": 7}, "even number"), ({"frequency": 0.0}, "above 0")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 7}, "even number"),
+        ({"frequency": 0.0}, "above 0"),
+        ({"width": 64, "heads": 5}, "heads is 5; it must divide the width, which is 64"),
+        ({"heads": 0}, "heads is 0; it must divide"),
+        ({"form": "offset", "heads": 2}, "attends to nothing"),
+    ],
+)
 def test_impossible_sizes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         AGD(**options)
