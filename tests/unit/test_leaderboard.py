@@ -100,7 +100,8 @@ def test_network_calls_of_a_student_are_not_scaled() -> None:
     short = objectives.scaled(recipe, [1], 50)
     assert short.stages[0].steps == 50
     assert short.stages[0].objective.options["steps"] == 25
-    assert short.stages[0].players["student"].warmup_steps == 5
+    share = 50 / recipe.stages[0].steps
+    assert short.stages[0].players["student"].warmup_steps == round(300 * share) == 2
 
 
 @pytest.mark.parametrize("name", objectives.CELLS)
