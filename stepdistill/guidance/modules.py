@@ -77,7 +77,7 @@ class Told:
     Attributes:
         wanted: tokens (B, L, h) for the form attention, one vector (B, h) for the form offset.
         strength: factor of what is added, (B, 1, 1); None: 1.
-        kept: which of the tokens are no padding, (B, 1, L); None: all.
+        kept: which of the tokens are no padding, (B, 1, 1, L) for all heads and places; None: all.
     """
 
     wanted: Tensor
@@ -124,8 +124,7 @@ class AttentionSite(nn.Module):
     def forward(self, x: Tensor, told: Told) -> Tensor:
         # softmax(q k^T / sqrt(h / heads)) v in each head.
         query, key, value = map(self._divided, (self.query(x), self.key(told.wanted), self.value(told.wanted)))
-        kept = None if told.kept is None else told.kept[:, None]
-        found = scaled_dot_product_attention(query, key, value, attn_mask=kept)
+        found = scaled_dot_product_attention(query, key, value, attn_mask=told.kept)
         added: Tensor = self.out(found.transpose(1, 2).flatten(2))
         return added
 
@@ -197,7 +196,7 @@ class GuidanceAdapter(nn.Module):
         if prompt is not None:
             wanted = torch.cat([wanted, prompt], dim=1)
             if mask is not None:
-                kept = torch.cat([mask.new_ones(len(mask), len(parts)), mask], dim=1).bool()[:, None]
+                kept = torch.cat([mask.new_ones(len(mask), len(parts)), mask], dim=1).bool()[:, None, None]
         return Told(wanted + positions(wanted.shape[1], wanted.shape[2]).to(wanted), strength, kept)
 
     def added(self, site: int, x: Tensor, told: Told) -> Tensor:
