@@ -27,6 +27,7 @@ from stepdistill.objectives.base import (
     Step,
     Trained,
 )
+from stepdistill.objectives.checks import check_weights
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
 from stepdistill.objectives.trajectory import Leap, Trajectory, student_jump
@@ -76,8 +77,7 @@ class PCM(NeedsSchedule):
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.gan_weight < 0:
-            raise UserError(f"gan_weight must not be negative, got {self.gan_weight}; 0 plays no GAN")
+        check_weights(gan_weight=self.gan_weight)
         _ = self.trajectory, self.roles()  # refuse more phases than steps, and what is no decay
 
     @property

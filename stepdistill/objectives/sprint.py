@@ -17,6 +17,7 @@ from stepdistill.discriminator import Discriminator, Game
 from stepdistill.errors import UserError
 from stepdistill.objectives.adversarial import Adversary
 from stepdistill.objectives.base import Batch, Head, InferenceSpec, Loss, Phase, Role, Step
+from stepdistill.objectives.checks import check_share, check_weights
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.scm import SCM, Point
 from stepdistill.trigflow import TangentNorm
@@ -79,12 +80,10 @@ class Sprint:
     def __post_init__(self) -> None:
         if self.gan_weight <= 0:
             raise UserError(f"gan_weight must be positive, got {self.gan_weight}; scm is the method without adversary")
-        if not 0 <= self.largest_time_share <= 1:
-            raise UserError(f"largest_time_share must lie between 0 and 1, got {self.largest_time_share}")
+        check_share("largest_time_share", self.largest_time_share)
         if self.gan_time_std < 0:
             raise UserError(f"gan_time_std must not be negative, got {self.gan_time_std}")
-        if self.misaligned_weight < 0:
-            raise UserError(f"misaligned_weight must not be negative, got {self.misaligned_weight}")
+        check_weights(misaligned_weight=self.misaligned_weight)
         assert self.scm.updates  # and SCM checks its own options
 
     @property

@@ -28,6 +28,7 @@ from stepdistill.objectives.base import (
     Step,
     Trained,
 )
+from stepdistill.objectives.checks import check_updates
 from stepdistill.objectives.encoder_adversary import EncoderAdversary
 from stepdistill.objectives.matching import Guidance
 from stepdistill.objectives.targets import follow, target_name, target_roles
@@ -93,8 +94,7 @@ class TSCD(NeedsSchedule):
         if min(self.distance_weight, self.gan_weight) < 0 or self.distance_weight + self.gan_weight == 0:
             raise UserError("distance_weight and gan_weight must not be negative, nor both 0; got "
                             f"{self.distance_weight:g} and {self.gan_weight:g}")  # fmt: skip
-        if self.discriminator_updates < 1:
-            raise UserError(f"discriminator_updates must be at least 1, got {self.discriminator_updates}")
+        check_updates("discriminator_updates", self.discriminator_updates)
         # What does not fit together is told before anything is loaded.
         _ = self.trajectory, self.roles(), self.inference()
 

@@ -235,7 +235,7 @@ def test_its_roles_turns_and_way_of_being_called() -> None:
     ("options", "message"),
     [
         ({"gan_weight": 0.0}, "gan_weight must be positive.*scm"),
-        ({"largest_time_share": 1.5}, "largest_time_share must lie between 0 and 1"),
+        ({"largest_time_share": 1.5}, "largest_time_share is a share from 0 to 1"),
         ({"gan_time_std": -1.0}, "gan_time_std must not be negative"),
         ({"misaligned_weight": -0.5}, "misaligned_weight must not be negative"),
         ({"sigma_d": 0.0}, "sigma_d must be positive"),
