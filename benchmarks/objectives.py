@@ -64,6 +64,9 @@ QUIET = ("previews=null", "bench=null", "health=null", "checkpoints.keep=1")
 GRADIENT_COST = 3  # a pass that is differentiated counts as itself and two more
 FORWARD_MODE_COST = 2  # one that carries a derivative along, as itself and one more
 MINIATURE = 24  # iterations that a run is shortened to where its iterations are not all alike
+# Stored pairs that a cell makes at most: more than it has time to look at are made by its recipe, for a longer run.
+PAIRS = 1024
+COUNTED_PAIRS = 128  # ... and while its passes are counted, which does not depend on them
 
 
 @dataclass
@@ -104,6 +107,7 @@ def passes_per_iteration(recipe: Recipe, folder: Path) -> list[int]:
     from stepdistill.families import load_family
 
     kind = type(load_family(recipe.teacher).network())
+    recipe = with_fewer_pairs(recipe, COUNTED_PAIRS)
 
     def spent(stages: Sequence[StageConfig]) -> int:
         export = recipe.export.model_copy(update={"pipeline": False, "lora": False})
@@ -120,6 +124,16 @@ def passes_per_iteration(recipe: Recipe, folder: Path) -> list[int]:
         longer = [*ones[:number], miniature(stage, steps), *ones[number + 1 :]]
         found.append(round((spent(longer) - least) / (steps - 1)))
     return found
+
+
+def with_fewer_pairs(recipe: Recipe, count: int) -> Recipe:
+    """The recipe with at most so many pairs and prompts, where it makes its pairs itself; as it is, where not."""
+    made = recipe.data.make_pairs
+    if recipe.data.pairs is not None or made is None:
+        return recipe
+    fewer = {"count": min(count, recipe.data.count or count),
+             "make_pairs": {**made, "count": min(count, made.get("count", count))}}  # fmt: skip
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=fewer)})
 
 
 def varies(stage: StageConfig, recipe: Recipe) -> bool:
@@ -173,6 +187,7 @@ def run_cell(name: str, seed: int, args: argparse.Namespace) -> list[dict[str, A
     """Trains one cell, measures its exported pipeline, and returns its rows."""
     folder = folder_of(name, seed, args)
     recipe = recipe_of(name, [f"output={folder / 'run'}", f"seed={seed}", f"device={args.device}"], args)
+    recipe = with_fewer_pairs(recipe, PAIRS)
     plan = folder / "passes.json"
     if not plan.is_file():
         counts = passes_per_iteration(recipe, folder / "count")

@@ -104,6 +104,17 @@ def test_network_calls_of_a_student_are_not_scaled() -> None:
     assert short.stages[0].players["student"].warmup_steps == round(300 * share) == 2
 
 
+def test_a_cell_makes_no_more_pairs_than_it_has_time_for() -> None:
+    recipe = objectives.recipe_of("agd", (), objectives.parsed([]))
+    short = objectives.with_fewer_pairs(recipe, 100)
+    assert recipe.data.make_pairs["count"] > 100
+    assert (short.data.count, short.data.make_pairs["count"]) == (100, 100)
+    assert short.data.make_pairs == {**recipe.data.make_pairs, "count": 100}
+    assert objectives.with_fewer_pairs(short, 200).data == short.data, "never more than the recipe makes"
+    stored = objectives.recipe_of("dmd_1step", (), objectives.parsed([]))
+    assert objectives.with_fewer_pairs(stored, 100) == stored, "pairs that are there already cost nothing"
+
+
 @pytest.mark.parametrize("name", objectives.CELLS)
 def test_every_cell_can_be_scaled(name: str) -> None:
     recipe = objectives.recipe_of(name, (), objectives.parsed([]))
