@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stepdistill.errors import UserError
 from stepdistill.guidance.modules import AdapterSettings, Form
 from stepdistill.losses import ProgressiveWeighting, native_weight, weighted_mse
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
-from stepdistill.objectives.guidance import check_steps, even_timesteps, visited_of
+from stepdistill.objectives.guidance import LearnOn, check_steps, even_timesteps, guided_place
+from stepdistill.objectives.matching import Guidance
 
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 class AGD:
     """An adapter says in one pass what guidance says in two, on paths of the guided teacher itself.
 
-    It learns on stored paths, and not on noised images: those are not where guided sampling leads, and what is learnt
-    there does not fit where it is used.
+    It learns on stored paths, where guided sampling leads. Its own paths lead elsewhere wherever it guides too little,
+    and there a further stage on noised samples helps.
 
     Attributes:
         form: "attention": tokens of a layer attend to scale, time and prompt; "offset": one vector is added to all.
@@ -33,6 +35,9 @@ class AGD:
             paper's offset form has 1000.
         proportional: what is added is multiplied by scale - 1, as the correction of guidance is.
         heads: of attention in every layer; the paper has one.
+        learn_on: stored "states" of the teacher's guided paths, as the paper; its own samples, noised ("pairs"); or
+            noised "images".
+        guidance: scale or range of scales where it learns on noised samples; stored states have their own.
         weighting: of the squared error of the clean sample: "native", which makes it the paper's, that of what the
             network says; "truncated_snr", max(SNR, 1), or "snr_plus_one", which count the steps in most noise more.
         call_guidance: the scale that the adapter has until it is given another.
@@ -44,6 +49,8 @@ class AGD:
     frequency: float = 1.0
     proportional: bool = False
     heads: int = 1
+    learn_on: LearnOn = "states"
+    guidance: Guidance | None = None
     weighting: ProgressiveWeighting = "native"
     call_guidance: float = 3.0
     steps: int = 25
@@ -51,6 +58,11 @@ class AGD:
     def __post_init__(self) -> None:
         _ = self.adapter  # refuses what is no size
         check_steps(self.steps)
+        if self.learn_on == "states" and self.guidance is not None:
+            raise UserError("stored states have the scales of their paths; leave guidance out, or set learn_on to "
+                            "pairs or to images")  # fmt: skip
+        if self.learn_on != "states" and self.guidance is None:
+            raise UserError(f"learn_on: {self.learn_on} needs guidance, a scale or a range such as [1, 4]")
 
     @property
     def adapter(self) -> AdapterSettings:
@@ -61,7 +73,7 @@ class AGD:
         return {"teacher": Frozen(), "student": Trained(adapter=self.adapter)}
 
     def phases(self, step: int) -> Sequence[Phase]:
-        return (Phase("student", ("student",), self.loss, stream="states"),)
+        return (Phase("student", ("student",), self.loss, stream=self.learn_on),)
 
     def after_step(self, cast: Cast, step: int) -> None:
         return None
@@ -74,7 +86,8 @@ class AGD:
 
     def loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """|eps_{theta, A}(x_t, t, c, scale) - eps_guided|^2, in the network's own output; only A is trained."""
-        place, student = visited_of(batch), cast.denoiser("student")
+        place = guided_place(cast, batch, self.learn_on, 1.0 if self.guidance is None else self.guidance)
+        student = cast.denoiser("student")
         said = student(place.x_t, place.t, batch.condition.with_guidance(place.guidance))
         weight = native_weight(said.levels, said.kind, self.weighting)
         return Loss({"agd": weighted_mse(said.native, place.native, weight)})

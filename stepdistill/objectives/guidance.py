@@ -99,21 +99,34 @@ class GuidanceDistillation:
 
     def _place(self, cast: Cast, batch: Batch) -> Visited:
         """Where the student is asked, and what the guided teacher says there."""
-        if self.learn_on == "states":
-            place, (low, _) = visited_of(batch), self.guidance_range
-            if not self.embed_guidance and not torch.allclose(place.guidance, torch.full_like(place.guidance, low)):
-                raise UserError(f"the stored paths were not made with guidance {low:g} alone, and this student cannot "
-                                "tell scales apart; make them so, or set embed_guidance: true")  # fmt: skip
-            return place
-        assert batch.latents is not None, "the images stream and the pairs stream carry latents"
-        teacher, latents = cast.denoiser("teacher"), batch.latents
-        scale = sample_guidance(self.guidance, len(batch), batch.device)
-        t = uniform_times(teacher.schedule, len(batch), low=0.0, high=1.0, device=batch.device)
-        x_t = add_noise(teacher.schedule, latents, t, torch.randn_like(latents))
-        with torch.no_grad():
-            native = teacher.guided(x_t, t, batch.condition, batch.null, scale).native
-        scales: Tensor = torch.as_tensor(scale, dtype=torch.float64, device=batch.device).expand(len(batch))
-        return Visited(x_t, t, scales, native)
+        place, (low, _) = guided_place(cast, batch, self.learn_on, self.guidance), self.guidance_range
+        told_apart = self.embed_guidance or self.learn_on != "states"
+        if not told_apart and not torch.allclose(place.guidance, torch.full_like(place.guidance, low)):
+            raise UserError(f"the stored paths were not made with guidance {low:g} alone, and this student cannot "
+                            "tell scales apart; make them so, or set embed_guidance: true")  # fmt: skip
+        return place
+
+
+def guided_place(cast: Cast, batch: Batch, learn_on: LearnOn, guidance: Guidance) -> Visited:
+    """Where a student that learns guidance is asked, and what the guided teacher says there.
+
+    Args:
+        cast: asked for the teacher where nothing is stored.
+        batch: of the stream `learn_on`: B states with what was said there, or B samples, which are noised here.
+        learn_on: the stream.
+        guidance: scale or range of scales for noised samples; stored states have their own.
+    """
+    if learn_on == "states":
+        return visited_of(batch)
+    assert batch.latents is not None, "the images stream and the pairs stream carry latents"
+    teacher, latents = cast.denoiser("teacher"), batch.latents
+    scale = sample_guidance(guidance, len(batch), batch.device)
+    t = uniform_times(teacher.schedule, len(batch), low=0.0, high=1.0, device=batch.device)
+    x_t = add_noise(teacher.schedule, latents, t, torch.randn_like(latents))
+    with torch.no_grad():
+        native = teacher.guided(x_t, t, batch.condition, batch.null, scale).native
+    scales: Tensor = torch.as_tensor(scale, dtype=torch.float64, device=batch.device).expand(len(batch))
+    return Visited(x_t, t, scales, native)
 
 
 def visited_of(batch: Batch) -> Visited:

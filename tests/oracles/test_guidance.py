@@ -42,6 +42,11 @@ def told_mean(condition: Condition) -> Tensor:
 def data(count: int = 64) -> Batch:
     """A batch of the images stream: samples of the conditional Gaussian."""
     torch.manual_seed(0)
+    return fresh(count)
+
+
+def fresh(count: int) -> Batch:
+    """The same, of torch's own seed."""
     x0 = WITH + STD * torch.randn(count, 1, dtype=torch.float64)
     return images(x0, torch.randn_like(x0), WITH, WITHOUT)
 
@@ -253,6 +258,44 @@ def test_an_offset_learns_the_exact_correction(proportional: bool) -> None:
         assert relative_loss(objective, adapter, places(4000, 1.0, 6.0)) < 1e-3
         if proportional:
             assert relative_loss(objective, adapter, places(4000, 8.0, 12.0)) < 0.02, "beyond what it was trained on"
+
+
+@pytest.mark.parametrize("learn_on", ["images", "pairs"])
+def test_an_adapter_learns_as_much_where_samples_are_noised(learn_on: Any) -> None:
+    """Scales 1 to 6, any noise level: the correction is known there, and the teacher is asked for it."""
+    torch.manual_seed(0)
+    objective = AGD("offset", 32, frequency=0.1, proportional=True, learn_on=learn_on, guidance=(1.0, 6.0))
+    assert [phase.stream for phase in objective.phases(0)] == [learn_on]
+    adapter = GuidanceAdapter(objective.adapter, AttentionShape((("x", 1),), (32,), None))
+    teacher = exact(VP, "epsilon", label, STD)
+    game: Any = Roles({"teacher": teacher, "student": beside_the_exact_network(adapter)})
+    untrained = sum(float(objective.loss(game, data(256), Step(i)).total) for i in range(4)) / 4
+    adapter.requires_grad_(True)
+    steps = 300
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        objective.loss(game, fresh(256), Step(step)).total.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        assert float(objective.loss(game, fresh(4000), Step(0)).total) < 1e-3 * untrained
+        assert relative_loss(AGD("offset", 32), adapter, places(4000, 1.0, 6.0)) < 1e-2, "and on stored states too"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": (1.0, 4.0)}, "scales of their paths"),
+        ({"learn_on": "images"}, "learn_on: images needs guidance"),
+        ({"learn_on": "pairs"}, "learn_on: pairs needs guidance"),
+    ],
+)
+def test_scales_belong_to_noised_samples_alone(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AGD(**options)
 
 
 @pytest.mark.parametrize("weighting", ["native", "truncated_snr", "snr_plus_one"])
