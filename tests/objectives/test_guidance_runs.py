@@ -30,8 +30,11 @@ from tests.tiny import tiny_recipe, trainer_of, weights_of
 WAY = PairSettings(count=4, steps=4, guidance=(1.0, 6.0), states="all", predictions=True)
 
 
-def agd_recipe(teacher: str, output: Path, **objective: Any) -> Recipe:
-    """Four iterations of adapter guidance distillation on stored paths of two prompts."""
+def agd_recipe(teacher: str, output: Path, further: float | None = None, **objective: Any) -> Recipe:
+    """Four iterations of adapter guidance distillation on stored paths of two prompts.
+
+    `further` is the learning rate of four more where their ends are noised.
+    """
     prompts = PromptSet(("a", "b"))  # of which the tiny tokenizer knows that they are not empty
     make_pairs(load_family(teacher), prompts, output.parent / "way", WAY)
     content = tiny_recipe(teacher, output, checkpoints={"every": 2, "keep": 3})
@@ -43,6 +46,10 @@ def agd_recipe(teacher: str, output: Path, **objective: Any) -> Recipe:
     options = {"name": "agd", "width": 8, "steps": 2, "call_guidance": 4.0, **objective}
     players = {"student": {"optimizer": {"lr": 1e-2}, "ema": 0.5}}
     content["stages"] = [{"objective": options, "steps": 4, "batch_size": 4, "players": players}]
+    if further is not None:
+        noised = {**options, "learn_on": "pairs", "guidance": [1.0, 6.0]}
+        players = {"student": {"optimizer": {"lr": further, "weight_decay": 0.0}}}
+        content["stages"].append({"objective": noised, "steps": 4, "batch_size": 4, "players": players})
     return Recipe.from_mapping(content)
 
 
@@ -201,3 +208,15 @@ def test_guidance_becomes_an_input_of_a_stock_network(sd_folder: str, tmp_path: 
     made = [pipeline("a", num_inference_steps=3, guidance_scale=scale, output_type="np",
                      generator=torch.Generator().manual_seed(0)).images for scale in (2.0, 5.0)]  # fmt: skip
     assert rows == [1] * 6 and abs(made[0] - made[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize(("rate", "farthest"), [(1e-9, 1e-7), (1e-2, 1.0)])
+def test_a_second_stage_on_noised_samples_goes_on_with_the_adapter_of_the_first(
+    rate: float, farthest: float, sd_folder: str, tmp_path: Path
+) -> None:
+    result = train(agd_recipe(sd_folder, tmp_path / "run", further=rate))
+    first = export(result.folder, "stage-0", tmp_path / "first").adapter
+    assert result.adapter is not None and first is not None
+    before, after = (load_file(folder / "adapter.safetensors") for folder in (first, result.adapter))
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert farthest / 1000 < moved + 1e-9 < farthest, "as far as four steps at this rate go"

@@ -97,9 +97,9 @@ def test_everything_counted_in_iterations_is_scaled() -> None:
 
 def test_network_calls_of_a_student_are_not_scaled() -> None:
     recipe = objectives.recipe_of("agd", (), objectives.parsed([]))
-    whole, steps = recipe.stages[0], recipe.stages[0].steps // 100
-    short = objectives.scaled(recipe, [1], steps).stages[0]
-    assert short.steps == steps
+    whole, counts = recipe.stages[0], [1] * len(recipe.stages)
+    short = objectives.scaled(recipe, counts, sum(stage.steps for stage in recipe.stages) // 100).stages[0]
+    assert short.steps == whole.steps / 100
     assert short.objective.options["steps"] == whole.objective.options["steps"] == 25
     assert short.players["student"].warmup_steps == round(whole.players["student"].warmup_steps / 100) > 1
 
