@@ -218,7 +218,8 @@ class RunFolder:
         from stepdistill.recipe import Recipe
 
         try:
-            before = Recipe.load(record)
+            # An option that is younger than the run has had its default, whatever else the record says.
+            before, recipe = Recipe.load(record).resolved(), recipe.resolved()
         except UserError as error:
             raise UserError(f"{self.path} holds a run whose recipe.yaml cannot be read any more ({error}); choose "
                             "another folder with output=..., or start anew with --fresh") from error  # fmt: skip

@@ -60,6 +60,22 @@ def test_another_recipes_run_is_left_alone_and_the_difference_is_named(tmp_path:
     assert listing(run) == before
 
 
+def test_a_run_that_is_older_than_an_option_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunFolder(run).claim(recipe(run), None)
+    (run / "metrics.jsonl").write_text("kept")
+    record = run / "recipe.yaml"
+    lines = record.read_text().splitlines(keepends=True)
+    older = [line for line in lines if "critic_lead:" not in line]
+    assert len(older) == len(lines) - 1
+    record.write_text("".join(older))
+    RunFolder(run).claim(recipe(run), None)
+    assert (run / "metrics.jsonl").read_text() == "kept"
+    record.write_text("".join(older).replace("critic_updates: 1", "critic_updates: 2"))
+    with pytest.raises(UserError, match=r"different: stages.0.objective.critic_updates"):
+        RunFolder(run).claim(recipe(run), None)
+
+
 def test_the_device_and_the_place_do_not_make_another_recipe(tmp_path: Path) -> None:
     run, data = tmp_path / "run", {"prompts": "shapes", "count": 8}
     RunFolder(run).claim(recipe(run, data=data), None)
