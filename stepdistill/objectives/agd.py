@@ -13,7 +13,7 @@ from stepdistill.errors import UserError
 from stepdistill.guidance.modules import AdapterSettings, Form
 from stepdistill.losses import ProgressiveWeighting, native_weight, weighted_mse
 from stepdistill.objectives.base import Batch, Frozen, InferenceSpec, Loss, Phase, Role, Step, Trained
-from stepdistill.objectives.guidance import LearnOn, check_steps, even_timesteps, guided_place
+from stepdistill.objectives.guidance import LearnOn, check_steps, even_timesteps, noised_place, visited_of
 from stepdistill.objectives.matching import Guidance
 
 
@@ -86,7 +86,7 @@ class AGD:
 
     def loss(self, cast: Cast, batch: Batch, step: Step) -> Loss:
         """|eps_{theta, A}(x_t, t, c, scale) - eps_guided|^2, in the network's own output; only A is trained."""
-        place = guided_place(cast, batch, self.learn_on, 1.0 if self.guidance is None else self.guidance)
+        place = visited_of(batch) if self.guidance is None else noised_place(cast, batch, self.guidance)
         student = cast.denoiser("student")
         said = student(place.x_t, place.t, batch.condition.with_guidance(place.guidance))
         weight = native_weight(said.levels, said.kind, self.weighting)

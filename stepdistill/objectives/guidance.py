@@ -99,25 +99,23 @@ class GuidanceDistillation:
 
     def _place(self, cast: Cast, batch: Batch) -> Visited:
         """Where the student is asked, and what the guided teacher says there."""
-        place, (low, _) = guided_place(cast, batch, self.learn_on, self.guidance), self.guidance_range
-        told_apart = self.embed_guidance or self.learn_on != "states"
-        if not told_apart and not torch.allclose(place.guidance, torch.full_like(place.guidance, low)):
+        if self.learn_on != "states":
+            return noised_place(cast, batch, self.guidance)
+        place, (low, _) = visited_of(batch), self.guidance_range
+        if not self.embed_guidance and not torch.allclose(place.guidance, torch.full_like(place.guidance, low)):
             raise UserError(f"the stored paths were not made with guidance {low:g} alone, and this student cannot "
                             "tell scales apart; make them so, or set embed_guidance: true")  # fmt: skip
         return place
 
 
-def guided_place(cast: Cast, batch: Batch, learn_on: LearnOn, guidance: Guidance) -> Visited:
-    """Where a student that learns guidance is asked, and what the guided teacher says there.
+def noised_place(cast: Cast, batch: Batch, guidance: Guidance) -> Visited:
+    """Samples noised to any time, and what the guided teacher says there.
 
     Args:
-        cast: asked for the teacher where nothing is stored.
-        batch: of the stream `learn_on`: B states with what was said there, or B samples, which are noised here.
-        learn_on: the stream.
-        guidance: scale or range of scales for noised samples; stored states have their own.
+        cast: asked for the teacher.
+        batch: B of the stream of images or of pairs.
+        guidance: scale, or range of which every sample gets its own.
     """
-    if learn_on == "states":
-        return visited_of(batch)
     assert batch.latents is not None, "the images stream and the pairs stream carry latents"
     teacher, latents = cast.denoiser("teacher"), batch.latents
     scale = sample_guidance(guidance, len(batch), batch.device)

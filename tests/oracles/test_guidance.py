@@ -6,6 +6,7 @@ m_w = m_u + w (m_c - m_u), and its noise differs from the conditional one by -(w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -238,6 +239,17 @@ def relative_loss(objective: AGD, adapter: GuidanceAdapter, batch: Batch) -> flo
     return float(objective.loss(game, batch, Step(0)).total / (bare - place.native).square().mean())
 
 
+def learn(adapter: GuidanceAdapter, loss: Callable[[Step], Tensor], steps: int = 300) -> None:
+    adapter.requires_grad_(True)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(Step(step)).backward()
+        optimizer.step()
+        schedule.step()
+
+
 @pytest.mark.parametrize("proportional", [False, True])
 def test_an_offset_learns_the_exact_correction(proportional: bool) -> None:
     torch.manual_seed(0)
@@ -245,15 +257,7 @@ def test_an_offset_learns_the_exact_correction(proportional: bool) -> None:
     adapter = GuidanceAdapter(objective.adapter, AttentionShape((("x", 1),), (32,), None))
     assert relative_loss(objective, adapter, places(256, 1.0, 6.0)) == pytest.approx(1.0, abs=1e-12)
     game: Any = Roles({"student": beside_the_exact_network(adapter)})
-    adapter.requires_grad_(True)
-    steps = 300
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        objective.loss(game, places(256, 1.0, 6.0), Step(0)).total.backward()
-        optimizer.step()
-        schedule.step()
+    learn(adapter, lambda step: objective.loss(game, places(256, 1.0, 6.0), step).total)
     with torch.no_grad():
         assert relative_loss(objective, adapter, places(4000, 1.0, 6.0)) < 1e-3
         if proportional:
@@ -270,16 +274,7 @@ def test_an_adapter_learns_as_much_where_samples_are_noised(learn_on: Any) -> No
     teacher = exact(VP, "epsilon", label, STD)
     game: Any = Roles({"teacher": teacher, "student": beside_the_exact_network(adapter)})
     untrained = sum(float(objective.loss(game, data(256), Step(i)).total) for i in range(4)) / 4
-    adapter.requires_grad_(True)
-    steps = 300
-    optimizer = torch.optim.Adam(adapter.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        optimizer.zero_grad()
-        torch.manual_seed(step)
-        objective.loss(game, fresh(256), Step(step)).total.backward()
-        optimizer.step()
-        schedule.step()
+    learn(adapter, lambda step: objective.loss(game, fresh(256), step).total)
     with torch.no_grad():
         assert float(objective.loss(game, fresh(4000), Step(0)).total) < 1e-3 * untrained
         assert relative_loss(AGD("offset", 32), adapter, places(4000, 1.0, 6.0)) < 1e-2, "and on stored states too"
