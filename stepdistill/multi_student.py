@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from stepdistill.console import Display
 from stepdistill.errors import UserError
-from stepdistill.run_folder import PARTITION, STUDENT, RunFolder
+from stepdistill.run_folder import PARTITION, RECORD, STUDENT, RunFolder
 
 
 if TYPE_CHECKING:
@@ -126,15 +126,12 @@ def student_recipe(recipe: Recipe, number: int) -> Recipe:
 
 def is_finished(recipe: Recipe, folder: RunFolder) -> bool:
     """Whether a folder holds the finished run of this very recipe, its export included: then nothing is left to do."""
-    from stepdistill.recipe import Recipe
-
-    record = folder.path / "recipe.yaml"
-    if not record.is_file() or folder.stages_done() < len(recipe.stages):
+    if not (folder.path / RECORD).is_file() or folder.stages_done() < len(recipe.stages):
         return False
     exported = not recipe.export.pipeline or (folder.pipeline / "model_index.json").is_file()
     # The card is written last: without it the run was stopped before its LoRA, or before its export was checked.
     exported = exported and (folder.path / CARD).is_file()
-    return exported and Recipe.load(record).sha256 == recipe.sha256
+    return exported and folder.recorded().sha256 == recipe.sha256
 
 
 def _check(recipe: Recipe, done: int) -> None:

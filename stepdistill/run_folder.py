@@ -60,7 +60,7 @@ class RunFolder:
         welcome = (PARTITION,) if recipe.multi_student is None else (PARTITION, STUDENT)  # these may be trained apart
         if record.is_file() and mark.is_file():  # a recipe alone may be a user's own
             if resume is not False and self._begun():
-                self._check_same(recipe, record)
+                self._check_same(recipe)
         elif self.path.exists() and any(not file.name.startswith(welcome) for file in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another folder with output=...")
         if resume and not (self.checkpoints.steps() or self.stages_done()):
@@ -214,12 +214,19 @@ class RunFolder:
         """Numbers of the stages that lie behind the run, from 0, rising."""
         return sorted(int(path.name.removeprefix(STAGE)) for path in self.checkpoints.folder.glob(f"{STAGE}*"))
 
-    def _check_same(self, recipe: Recipe, record: Path) -> None:
+    def recorded(self) -> Recipe:
+        """The recipe of the run that is here. An option that is younger than the run has had its default.
+
+        Raises:
+            UserError: it cannot be read any more.
+        """
         from stepdistill.recipe import Recipe
 
+        return Recipe.load(self.path / RECORD).resolved()
+
+    def _check_same(self, recipe: Recipe) -> None:
         try:
-            # An option that is younger than the run has had its default, whatever else the record says.
-            before, recipe = Recipe.load(record).resolved(), recipe.resolved()
+            before = self.recorded()
         except UserError as error:
             raise UserError(f"{self.path} holds a run whose recipe.yaml cannot be read any more ({error}); choose "
                             "another folder with output=..., or start anew with --fresh") from error  # fmt: skip

@@ -106,6 +106,21 @@ def test_a_student_that_was_stopped_while_it_was_exported_is_exported_again_and_
     assert sorted(file.name for file in (run / "lora").iterdir()) == exported
 
 
+def test_a_finished_student_that_is_older_than_an_option_is_left_as_it_is(
+    sd_folder: str, tmp_path: Path, seen: list[set[str]]
+) -> None:
+    recipe, run = several(sd_folder, tmp_path / "run"), tmp_path / "run" / "student-0"
+    train(recipe)
+    record = run / "recipe.yaml"
+    lines = record.read_text().splitlines(keepends=True)
+    older = [line for line in lines if "critic_lead:" not in line]
+    assert len(older) == len(lines) - 1
+    record.write_text("".join(older))
+    before = (run / "README.md").stat().st_mtime_ns
+    train(recipe)
+    assert (run / "README.md").stat().st_mtime_ns == before, "it was exported a second time"
+
+
 def test_students_that_could_not_all_be_trained_are_refused_before_the_first(
     dit_folder: str, tmp_path: Path, seen: list[set[str]]
 ) -> None:
