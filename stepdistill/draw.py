@@ -14,8 +14,7 @@ import torch
 from stepdistill.attention import NAG, NASA, Rule, steer
 from stepdistill.bench import generate
 from stepdistill.errors import UserError
-from stepdistill.hybrid import watched
-from stepdistill.labels import asked
+from stepdistill.hybrid import asked, model_called, watched
 from stepdistill.routed import RoutedPipeline
 from stepdistill.seeds import own_randomness
 from stepdistill.trace import Trace
@@ -124,7 +123,7 @@ def _check_options(model: ModelUnderTest, avoid: Avoid | None) -> None:
 
 def _check_it_acts(pipeline: DiffusionPipeline) -> None:
     """Raises UserError where the unconditional half of guidance, which a negative prompt replaces, is never called."""
-    drawing: Any = getattr(pipeline, "student", pipeline)
+    drawing = model_called(pipeline)
     if "negative_prompt" not in inspect.signature(drawing.__call__).parameters:
         raise UserError(f"{type(drawing).__name__} takes no negative prompt; leave it out")
     unet = pipeline.components.get("unet")

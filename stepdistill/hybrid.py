@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
+from stepdistill.labels import class_label
 from stepdistill.routed import RoutedPipeline
 from stepdistill.schedule import even_sigmas, flow_schedule
 from stepdistill.stretch import Stretch, Watch, is_flow, levels
@@ -180,6 +181,27 @@ class HybridPipeline:
                             f"the base model and {sigmas[1]:.4f} for the student; give the student's own teacher as "
                             "its base")  # fmt: skip
         return Handover(float(timestep), scale)
+
+
+def model_called(pipeline: Any) -> Any:
+    """A stock, hybrid or routed pipeline, or the student of a hybrid one, which takes what the hybrid one is given."""
+    return pipeline.student if isinstance(pipeline, HybridPipeline) else pipeline
+
+
+def asked(pipeline: Any, prompts: Sequence[str]) -> list[Any]:
+    """What a pipeline is called with for these prompts: the texts, or for a `DiTPipeline` the numbers of the classes.
+
+    Args:
+        pipeline: a stock, hybrid or routed one; of a hybrid one, both models take the same.
+        prompts: texts, numbers or names of classes.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    drawing = model_called(pipeline)
+    if type(drawing).__name__ != "DiTPipeline":
+        return list(prompts)
+    return [class_label(drawing, prompt) for prompt in prompts]
 
 
 def watched(pipeline: Any, watch: Watch) -> Any:

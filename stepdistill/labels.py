@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from stepdistill.errors import UserError
@@ -21,19 +20,3 @@ def class_label(pipeline: Any, prompt: str) -> int:
         raise UserError(f"prompt {prompt!r} is no class of this DiT: give a number from 0 to {classes - 1}"
                         + (f" or one of its {len(names)} names" if names else ""))  # fmt: skip
     return label
-
-
-def asked(pipeline: Any, prompts: Sequence[str]) -> list[Any]:
-    """What a pipeline is called with for these prompts: the texts, or for a `DiTPipeline` the numbers of the classes.
-
-    Args:
-        pipeline: a stock, hybrid or routed one; of a hybrid one, both models take the same.
-        prompts: texts, numbers or names of classes.
-
-    Raises:
-        UserError: there is no such class.
-    """
-    drawing = getattr(pipeline, "student", pipeline)
-    if type(drawing).__name__ != "DiTPipeline":
-        return list(prompts)
-    return [class_label(drawing, prompt) for prompt in prompts]

@@ -20,8 +20,7 @@ from stepdistill.bench.loading import check_size, leave_out_checks, open_pipelin
 from stepdistill.bench.meter import Meter, metered, timed_parts
 from stepdistill.bench.rows import one_by_one, own_noise
 from stepdistill.errors import UserError, first_line
-from stepdistill.hybrid import HybridPipeline
-from stepdistill.labels import asked
+from stepdistill.hybrid import HybridPipeline, asked
 from stepdistill.routed import RoutedNetwork
 from stepdistill.seeds import own_randomness
 from stepdistill.stock_files import loading_errors, reason

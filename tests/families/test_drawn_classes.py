@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_tensor
 from stepdistill.bench.generate import ModelUnderTest, generate_images, image_seed, load_pipeline
 from stepdistill.draw import Avoid, draw
 from stepdistill.errors import UserError
-from stepdistill.labels import asked
+from stepdistill.hybrid import asked
 from stepdistill.seeds import own_randomness
 
 
